@@ -1,0 +1,133 @@
+"""Advantages from comparing the rows of one group, by name in `ADVANTAGES`.
+
+Every advantage is `(rewards f[N], group i[N], valid bool[N] | None, *, options) -> (advantages f[N],
+metrics)`. Weighting and adding several reward functions comes before: the total arrives here.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.advantages.segments import segment_ids, segment_moments
+from jaxrl_llm.losses.aggregation import Array, Metrics, check_same_shape, float_of, masked_sum
+
+SCALES = ("group", "batch", "none")
+BASELINES = ("mean", "leave_one_out")
+
+
+def group_advantage(
+    rewards: Array,
+    group: Array,
+    valid: Array | None = None,
+    *,
+    scale: str = "group",
+    baseline: str = "mean",
+    epsilon: float = 1e-6,
+    ddof: int = 1,
+) -> tuple[Array, Metrics]:
+    """Reward minus the group's baseline, over a standard deviation.
+
+    A_i = (r_i − b_i) / (σ + ε)
+
+      b_i: the mean reward of i's group, or of the others in it (leave_one_out)
+      σ: the standard deviation of i's group, or of the whole batch's rewards; scale = none leaves r_i − b_i
+
+    A group whose valid rewards are all equal, a group of one included, gets exactly 0. Rows with a NaN or
+    infinite reward are left out of every statistic and get 0.
+
+    Example:
+      >>> rewards, group = jnp.array([1.0, 5.0, 3.0, 5.0]), jnp.array([7, -2, 7, -2])
+      >>> group_advantage(rewards, group, scale="none")[0].tolist()  # group 7: 1 and 3; group −2: 5 and 5
+      [-1.0, 0.0, 1.0, 0.0]
+
+    Args:
+      rewards: f[N] total reward of every row; constants.
+      group: i[N] any integers; rows with the same one are compared, wherever they stand.
+      valid: bool[N] rows that count; None for all.
+      scale: one of `SCALES`.
+      baseline: one of `BASELINES`.
+      epsilon: added to the standard deviation (1e-4 in TRL).
+      ddof: 1 for the sample standard deviation, 0 for the population's.
+
+    Returns:
+      advantages: f[N] without gradient, float32 or wider, finite for finite rewards up to 1e18 in size.
+      metrics: `reward`, mean over rows; `reward_std`, mean over groups of the group's standard deviation;
+        `frac_reward_zero_std`, share of groups with equal rewards; `nonfinite_rewards`, share of the
+        valid rows whose reward is NaN or infinite. Groups without a usable row are not counted.
+
+    Raises:
+      ValueError: unknown scale or baseline, or shapes that differ.
+
+    References:
+      2402.03300 §4.1.2 (mean, group); 2503.20783 (mean, none); 2402.14740 (leave_one_out, none).
+    """
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
+    if baseline not in BASELINES:
+        raise ValueError(f"unknown baseline {baseline!r}; one of {', '.join(BASELINES)}")
+    rewards = jax.lax.stop_gradient(float_of(rewards))
+    valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    check_same_shape(rewards=rewards, group=group, valid=valid)
+    is_finite = jnp.isfinite(rewards)
+    counts = valid & is_finite
+    rewards = jnp.where(counts, rewards, 0)
+
+    ids = segment_ids(group)
+    moments = segment_moments(rewards, ids, counts, ddof=ddof)
+    advantages = moments.deviation
+    if baseline == "leave_one_out":  # r_i − (S − r_i)/(n−1) = (r_i − S/n)·n/(n−1)
+        advantages *= (moments.count / jnp.maximum(moments.count - 1, 1))[ids]
+    if scale == "group":
+        advantages /= moments.std[ids] + epsilon
+    elif scale == "batch":
+        batch = segment_moments(rewards, jnp.zeros_like(ids), counts, ddof=ddof)
+        advantages /= batch.std[:1] + epsilon
+    is_equal = moments.spread == 0
+    advantages = jnp.where(counts & ~is_equal[ids], advantages, 0)
+    return advantages, {
+        "reward": masked_sum(rewards, counts),
+        "reward_std": masked_sum(moments.std, moments.count > 0),
+        "frac_reward_zero_std": masked_sum(is_equal, moments.count > 0),
+        "nonfinite_rewards": masked_sum(~is_finite, valid),
+    }
+
+
+def grpo(
+    rewards: Array, group: Array, valid: Array | None = None, *, epsilon: float = 1e-6, ddof: int = 1
+) -> tuple[Array, Metrics]:
+    """GRPO (2402.03300): A = (r − mean)/(std + ε) of the group; arguments as `group_advantage`.
+
+    Example:
+      >>> grpo(jnp.array([0.0, 2.0, 4.0]), jnp.array([0, 0, 0]), epsilon=0.0)[0].tolist()  # std = 2
+      [-1.0, 0.0, 1.0]
+    """
+    return group_advantage(rewards, group, valid, epsilon=epsilon, ddof=ddof)
+
+
+def dr_grpo(rewards: Array, group: Array, valid: Array | None = None) -> tuple[Array, Metrics]:
+    """Dr.GRPO (2503.20783): A = r − mean of the group; arguments as `group_advantage`.
+
+    Example:
+      >>> dr_grpo(jnp.array([0.0, 2.0, 4.0]), jnp.array([0, 0, 0]))[0].tolist()
+      [-2.0, 0.0, 2.0]
+    """
+    return group_advantage(rewards, group, valid, scale="none")
+
+
+def rloo(rewards: Array, group: Array, valid: Array | None = None) -> tuple[Array, Metrics]:
+    """RLOO (2402.14740): A = r − mean of the group's other rows; arguments as `group_advantage`.
+
+    Example:
+      >>> rloo(jnp.array([0.0, 2.0, 4.0]), jnp.array([0, 0, 0]))[0].tolist()
+      [-3.0, 0.0, 3.0]
+    """
+    return group_advantage(rewards, group, valid, scale="none", baseline="leave_one_out")
+
+
+ADVANTAGES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
+    "group": group_advantage,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+}

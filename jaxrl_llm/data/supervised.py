@@ -1,0 +1,155 @@
+"""Supervised rows as tokens with a loss mask, several to a packed sequence."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.data.prompts import check_overlong
+from jaxrl_llm.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt and its completion.
+
+    Attributes:
+      ids: token ids of both, closed by EOS.
+      loss_mask: for each id, whether the policy should write it: completion and EOS.
+      index: which of the given rows, from 0.
+    """
+
+    ids: list[int]
+    loss_mask: list[bool]
+    index: int
+
+
+class Packed(NamedTuple):
+    """Examples side by side in N sequences of T tokens.
+
+    Attributes:
+      tokens: i32[N, T], 0 in the padding.
+      segment_ids: i32[N, T] which example of its row a token belongs to, from 1; 0 = padding.
+      positions: i32[N, T] place within the example, from 0; 0 in the padding.
+      loss_mask: bool[N, T] True at targets: token t, predicted from those before it in its own example.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    loss_mask: np.ndarray
+
+
+def encode_supervised(
+    rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int, overlong: str = "drop"
+) -> tuple[list[Example], int]:
+    """Encodes `prompt` and `completion` (or `chosen`, where there is no completion).
+
+    The prompt's ids are those that the sampler would see; the completion's follow them.
+
+    Args:
+      rows: dicts with `prompt` and `completion` or `chosen`; each a string or messages.
+      tokenizer: of the policy.
+      max_length: longest example, prompt and completion, in tokens.
+      overlong: what becomes of longer ones: 'drop' (and count), or 'error'.
+
+    Returns:
+      The examples in order, and how many were dropped.
+
+    Raises:
+      ValueError: a row without one of the columns, an empty prompt, an example too long under 'error', or
+        what the tokenizer refuses.
+    """
+    check_overlong(overlong)
+    examples: list[Example] = []
+    dropped = 0
+    for index, row in enumerate(rows):
+        column = "completion" if "completion" in row else "chosen"
+        if column not in row or not row.get("prompt"):
+            raise ValueError(
+                f"row {index} needs a prompt and a completion (or chosen), got columns {', '.join(row)}"
+            )
+        try:
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            completion, written = tokenizer.encode_completion(row["prompt"], row[column])
+        except ValueError as error:
+            raise ValueError(f"row {index}, column {column!r}: {error}") from error
+        ids = prompt + completion
+        if len(ids) <= max_length:
+            examples.append(Example(ids, [False] * len(prompt) + written, index))
+        elif overlong == "error":
+            raise ValueError(
+                f"row {index} has {len(ids)} tokens with its completion, more than max_length={max_length}: "
+                "raise the limit, or set overlong='drop' to leave such rows out"
+            )
+        else:
+            dropped += 1
+    return examples, dropped
+
+
+def first_fit(examples: Sequence[Example], length: int, rows: int | None = None) -> list[list[Example]]:
+    """Puts each example, in order, into the first sequence of `length` (T) tokens with room for it.
+
+    Args:
+      examples: in the order wanted.
+      length: T.
+      rows: sequences there are; None = as many as it takes.
+
+    Returns:
+      The examples of each sequence. They are a prefix of `examples`: it ends before the first one that
+      fits into none of `rows`.
+
+    Raises:
+      ValueError: an example longer than `length`.
+    """
+    room = np.zeros(len(examples), np.int64)  # free tokens of each sequence opened so far
+    places: list[list[Example]] = []
+    for example in examples:
+        size = len(example.ids)
+        if size > length:
+            raise ValueError(
+                f"the example of row {example.index} has {size} tokens, more than length={length}"
+            )
+        fits = room[: len(places)] >= size
+        where = int(fits.argmax()) if fits.any() else len(places)
+        if where == len(places):
+            if where == rows:
+                break
+            places.append([])
+            room[where] = length
+        places[where].append(example)
+        room[where] -= size
+    return places
+
+
+def pack(examples: Sequence[Example], length: int, rows: int | None = None) -> tuple[Packed, int]:
+    """Packs examples into sequences by `first_fit`, deterministically and in the order given.
+
+    The first token of an example has nothing before it in its own example, so it is never a target: no
+    boundary predicts the next example.
+
+    Args:
+      examples, length (T), rows: as `first_fit`; with `rows`, the result has that many sequences, empty
+        ones included.
+
+    Returns:
+      The sequences, and how many of the examples are in them.
+
+    Raises:
+      ValueError: an example longer than `length`.
+    """
+    places = first_fit(examples, length, rows)
+    shape = len(places) if rows is None else rows, length
+    packed = Packed(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)))
+    for n, row in enumerate(places):
+        start = 0
+        for segment, example in enumerate(row, 1):
+            span = slice(start, start + len(example.ids))
+            packed.tokens[n, span] = example.ids
+            packed.segment_ids[n, span] = segment
+            packed.positions[n, span] = np.arange(len(example.ids))
+            packed.loss_mask[n, span] = example.loss_mask
+            packed.loss_mask[n, start : start + 1] = False
+            start = span.stop
+    return packed, sum(map(len, places))

@@ -1,0 +1,75 @@
+"""Evaluates a policy on the held-out problems of a config.
+
+    python -m jaxrl_llm.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m jaxrl_llm.evaluate --config=configs/grpo.py:path/to/model --config.eval.num_generations=8
+
+With a workdir its newest checkpoint is taken (or that of --step), without one the params that training would
+start from. Prints accuracy with its 95% interval and, for several samples a problem, pass@k and maj@k.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an argument after a colon where it takes one.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; none = the config's own model.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; none = the newest.")
+_OUT = flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
+
+
+def main(argv: list[str]) -> None:
+    from jaxrl_llm.rewards.pool import RewardPool
+    from jaxrl_llm.sampling.autoregressive import prepare
+    from jaxrl_llm.training import job as jobs
+    from jaxrl_llm.training.checkpoints import CheckpointError
+    from jaxrl_llm.training.evaluation import evaluate
+    from jaxrl_llm.training.progress import progress, summary
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        job = jobs.build(_CONFIG.value)
+        if not job.eval_prompts:
+            raise ValueError("the config has no held-out problems: set eval.data.kind")
+        workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+        params, step = jobs.policy_params(job, workdir, _STEP.value)
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    c = job.config
+    with (
+        RewardPool(
+            jobs.reward_specs(c),
+            workers=c.reward.workers,
+            timeout=c.reward.timeout,
+            memory_gib=c.reward.memory_gib,
+        ) as pool,
+        progress(total=len(job.eval_prompts), title="problems") as tick,
+    ):
+        metrics, _, _ = evaluate(
+            prepare(params, job.cfg, job.dtype),
+            job.cfg,
+            job.tokenizer,
+            job.eval_prompts,
+            job.eval_settings(),
+            pool,
+            job.weights,
+            key=jobs.run_key(job, jobs.EVALUATE, 0),
+            batch_prompts=c.eval.batch_prompts,
+            correct_at=c.eval.correct_at,
+            sharding=job.rows,
+            tick=lambda done: tick(done, {}),
+        )
+    source = "the initial params" if step is None else f"step {step}"
+    summary(list(metrics.items()), title=f"{len(job.eval_prompts)} held-out problems, {source}")
+    if _OUT.value:
+        Path(_OUT.value).write_text(json.dumps({"step": step} | metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

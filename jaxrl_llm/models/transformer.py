@@ -1,0 +1,254 @@
+"""The decoder: parameters, one layer, and the forward pass of training.
+
+A layer is `block(layer, x, cfg, rope, attend)`: it projects, rotates, and hands queries, keys and values to
+`attend`, which the caller supplies. Training attends over the row itself; the sampler attends over its
+cache; both run the same layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models import rope as rotary
+from jaxrl_llm.models.attention import attention, causal_mask
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.params import ParamSpec, Tree, map_specs
+from jaxrl_llm.parallel.sharding import ShardingRules, constrain
+
+Array = jax.Array
+Attend = Callable[[Array, Array, Array], Array]
+"""(q [N,T,H,h], k [N,T,K,h], v [N,T,K,h]) -> [N,T,H,h]."""
+
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a layer: everything, nothing, or the outputs of weight products."""
+
+
+def layer_specs(cfg: ModelConfig) -> Tree:
+    """`ParamSpec` of one layer."""
+    d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    heads, kv = cfg.num_heads, cfg.num_kv_heads
+    norm_init = "zeros" if cfg.norm_plus_one else "ones"
+
+    def norm(size: int, axis: str | None) -> ParamSpec:
+        return ParamSpec((size,), (axis,), norm_init)
+
+    def bias(*sizes: int, axes: tuple[str | None, ...]) -> ParamSpec:
+        return ParamSpec(sizes, axes, "zeros")
+
+    specs = {
+        "attn_norm": norm(d, None),
+        "q": ParamSpec((d, heads, h), ("embed", "heads", "head_dim"), fan_in=d),
+        "k": ParamSpec((d, kv, h), ("embed", "kv_heads", "head_dim"), fan_in=d),
+        "v": ParamSpec((d, kv, h), ("embed", "kv_heads", "head_dim"), fan_in=d),
+        "o": ParamSpec((heads, h, d), ("heads", "head_dim", "embed"), fan_in=heads * h),
+        "mlp_norm": norm(d, None),
+        "gate": ParamSpec((d, f), ("embed", "mlp"), fan_in=d),
+        "up": ParamSpec((d, f), ("embed", "mlp"), fan_in=d),
+        "down": ParamSpec((f, d), ("mlp", "embed"), fan_in=f),
+    }
+    if cfg.qkv_bias:
+        specs["q_bias"] = bias(heads, h, axes=("heads", "head_dim"))
+        specs["k_bias"] = bias(kv, h, axes=("kv_heads", "head_dim"))
+        specs["v_bias"] = bias(kv, h, axes=("kv_heads", "head_dim"))
+    if cfg.out_bias:
+        specs["o_bias"] = bias(d, axes=(None,))
+    if cfg.mlp_bias:
+        specs["gate_bias"] = bias(f, axes=("mlp",))
+        specs["up_bias"] = bias(f, axes=("mlp",))
+        specs["down_bias"] = bias(d, axes=(None,))
+    if cfg.qk_norm:
+        specs["q_norm"] = norm(h, None)
+        specs["k_norm"] = norm(h, None)
+    if cfg.post_norms:
+        specs["post_attn_norm"] = norm(d, None)
+        specs["post_mlp_norm"] = norm(d, None)
+    return specs
+
+
+def param_specs(cfg: ModelConfig) -> Tree:
+    """`ParamSpec` of every parameter; those of layers are stacked on a leading axis L."""
+    vocab = ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), "embed")
+    specs = {
+        "embed": vocab,
+        "layers": map_specs(
+            lambda s: ParamSpec((cfg.num_layers, *s.shape), ("layers", *s.axes), s.init, s.fan_in),
+            layer_specs(cfg),
+        ),
+        "final_norm": ParamSpec((cfg.hidden_size,), (None,), "zeros" if cfg.norm_plus_one else "ones"),
+    }
+    if not cfg.tied_head:
+        specs["head"] = vocab
+    return specs
+
+
+def head(params: Tree) -> Array:
+    """The output matrix [V, D]: its own, or the embedding where tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
+    """x / rms(x) · w over the last axis (Gemma: · (1 + w)), in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
+    if cfg.norm_plus_one:
+        return (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return y.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def project(spec: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """An einsum with float32 accumulation, in x's dtype."""
+    y = jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def embed(
+    params: Tree,
+    tokens: Array,
+    cfg: ModelConfig,
+    dtype: Any = jnp.float32,
+    rules: ShardingRules | None = None,
+) -> Array:
+    """tokens i32[...] -> f[..., D] in the compute dtype."""
+    # whole rows before the lookup: from columns spread over 'fsdp' the partitioner replicates the result
+    table = constrain(params["embed"], ("vocab", None), rules)
+    x = jnp.take(table, tokens, axis=0).astype(dtype)
+    return x * jnp.asarray(cfg.hidden_size**0.5, dtype) if cfg.embed_scale else x
+
+
+def rope_tables(cfg: ModelConfig, positions: Array) -> dict[str, tuple[Array, Array]]:
+    """cos and sin at `positions` i32[N, T] for each kind of layer that the model has."""
+    kinds = sorted(set(cfg.layer_kinds) or {"global"})
+    ropes = {kind: cfg.rope_local or cfg.rope if kind == "local" else cfg.rope for kind in kinds}
+    return {kind: rotary.table(rope, cfg.head_dim, positions) for kind, rope in ropes.items()}
+
+
+def score_scale(cfg: ModelConfig) -> float:
+    """What attention scores are multiplied by."""
+    return cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
+
+
+def fuse(layer: Tree) -> Tree:
+    """A layer's params with q, k, v in one matrix and gate, up in another: fewer, larger products.
+
+    For decoding, where a step is bound by reading weights; training keeps them apart so that each can
+    be sharded by its own axis.
+    """
+    out = {name: x for name, x in layer.items() if name.split("_")[0] not in ("q", "k", "v", "gate", "up")}
+    out |= {name: layer[name] for name in ("q_norm", "k_norm") if name in layer}
+    for fused, parts in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+        axis = -2 if fused == "qkv" else -1
+        for suffix in ("", "_bias"):
+            if parts[0] + suffix in layer:
+                out[fused + suffix] = jnp.concatenate([layer[part + suffix] for part in parts], axis=axis)
+    return out
+
+
+def block(layer: Tree, x: Array, cfg: ModelConfig, rope: tuple[Array, Array], attend: Attend) -> Array:
+    """One decoder layer.
+
+    Args:
+      layer: its params (unstacked), as `layer_specs` or as `fuse` lays them out.
+      x: f[N, T, D].  rope: cos and sin f32[N, T, 1, h].
+      attend: what the queries look at.
+
+    Returns:
+      f[N, T, D].
+    """
+    y = rms_norm(x, layer["attn_norm"], cfg)
+    if "qkv" in layer:
+        qkv = project("ntd,dhk->nthk", y, layer["qkv"], layer.get("qkv_bias"))
+        q, k, v = jnp.split(qkv, (cfg.num_heads, cfg.num_heads + cfg.num_kv_heads), axis=2)
+    else:
+        q = project("ntd,dhk->nthk", y, layer["q"], layer.get("q_bias"))
+        k = project("ntd,dhk->nthk", y, layer["k"], layer.get("k_bias"))
+        v = project("ntd,dhk->nthk", y, layer["v"], layer.get("v_bias"))
+    if cfg.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
+    y = attend(rotary.rotate(q, *rope), rotary.rotate(k, *rope), v)
+    y = project("nthk,hkd->ntd", y, layer["o"], layer.get("o_bias"))
+    x = x + (rms_norm(y, layer["post_attn_norm"], cfg) if cfg.post_norms else y)
+
+    y = rms_norm(x, layer["mlp_norm"], cfg)
+    if "gate_up" in layer:
+        gate_up = project("ntd,df->ntf", y, layer["gate_up"], layer.get("gate_up_bias"))
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+    else:
+        gate = project("ntd,df->ntf", y, layer["gate"], layer.get("gate_bias"))
+        up = project("ntd,df->ntf", y, layer["up"], layer.get("up_bias"))
+    y = up * (jax.nn.silu(gate) if cfg.activation == "silu" else jax.nn.gelu(gate, approximate=True))
+    y = project("ntf,fd->ntd", y, layer["down"], layer.get("down_bias"))
+    return x + (rms_norm(y, layer["post_mlp_norm"], cfg) if cfg.post_norms else y)
+
+
+def forward(
+    params: Tree,
+    tokens: Array,
+    cfg: ModelConfig,
+    *,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    rules: ShardingRules | None = None,
+) -> Array:
+    """Hidden states after the final norm; `logits` or a fused log-prob turns them into predictions.
+
+    Rows are right-padded: padding comes after every real token, so the causal mask alone hides it.
+
+    Args:
+      params: as `param_specs` describes.  tokens: i32[N, T].
+      positions: i32[N, T] within each sequence; None = 0..T-1.
+      segment_ids: i32[N, T] of packed rows (0 = padding); None = one sequence per row.
+      dtype: compute dtype; params are cast to it where they are used.
+      remat: a key of `REMAT`.
+      rules: how activations are laid out on the mesh in context; None = wherever the compiler likes.
+
+    Returns:
+      f[N, T, D] in `dtype`.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x = constrain(embed(params, tokens, cfg, dtype, rules), ("batch", "length", None), rules)
+    ropes = rope_tables(cfg, positions)
+    masks = {
+        kind: causal_mask(positions, segment_ids, cfg.window if kind == "local" else None) for kind in ropes
+    }
+    scale = score_scale(cfg)
+
+    def step(x: Array, scanned: tuple[Tree, Array]) -> tuple[Array, None]:
+        layer, local = scanned
+        if len(ropes) == 1:
+            (rope,), (mask,) = ropes.values(), masks.values()
+        else:
+            rope = jax.tree.map(lambda a, b: jnp.where(local, a, b), ropes["local"], ropes["global"])
+            mask = jnp.where(local, masks["local"], masks["global"])
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return attention(q, k, v, mask, scale=scale, softcap=cfg.attention_softcap)
+
+        x = block(layer, x, cfg, rope, attend)
+        return constrain(x, ("batch", "length", None), rules), None
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    local = jnp.array([kind == "local" for kind in cfg.layer_kinds or ("global",) * cfg.num_layers])
+    x, _ = jax.lax.scan(step, x, (params["layers"], local))
+    return rms_norm(x, params["final_norm"], cfg)
+
+
+def cap_logits(logits: Array, cfg: ModelConfig) -> Array:
+    """c·tanh(z/c) where the family has it."""
+    c = cfg.logit_softcap
+    return logits if c is None else c * jnp.tanh(logits / c)
+
+
+def logits(params: Tree, hidden: Array, cfg: ModelConfig) -> Array:
+    """hidden f[..., D] -> float32 logits [..., V]."""
+    weight = head(params).astype(hidden.dtype)
+    return cap_logits(jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32), cfg)

@@ -1,0 +1,387 @@
+"""Autoregressive sampling: prefill once per prompt, then decode on the device until every row is done.
+
+A row's cache has two regions: its prompt in slots [0, P), right-padded, and what it writes in slots
+P, P+1, …, the same slot for every row at every step. Writing is then one contiguous update, while a token's
+position (for rotary embedding and windows) still counts only real tokens: there is no left padding.
+
+    P = 4, prompts of 2 and 4 tokens, after 3 steps:
+
+    slot       0   1   2   3   4   5   6   7
+    row 0      a   b   .   .   x   y   z        positions 0 1 - - 2 3 4
+    row 1      a   b   c   d   x   y   z        positions 0 1 2 3 4 5 6
+
+The host looks in between chunks of steps: it stops early when all rows are done, checks stop strings, and
+picks how much of the cache the next chunk attends over.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.attention import attention, causal_mask
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.params import Tree
+from jaxrl_llm.sampling.logits import Sampling, row_uniform, sample
+from jaxrl_llm.trajectory import Trajectories, length_mask
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """B rows in the middle of decoding. C = room for new tokens, S = P + C slots.
+
+    Attributes:
+      keys: per layer f[B, K, h, S]; slots last, so that scores sum over h along contiguous slots.
+      values: per layer f[B, K, S, h].
+      hidden: f[B, D] last hidden state, from which the next token is drawn.
+      prompt_lengths: i32[B].
+      step: i32 scalar, tokens drawn so far.
+      done: bool[B].
+      tokens, behaviour_logp, raw_logp, log_kept: [B, C] what was drawn and its log-probs (nats).
+      counts: i32[B] tokens drawn before and including EOS.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    hidden: Array
+    prompt_lengths: Array
+    step: Array
+    done: Array
+    tokens: Array
+    behaviour_logp: Array
+    raw_logp: Array
+    log_kept: Array
+    counts: Array
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def prepare(params: Tree, cfg: ModelConfig, dtype: Any = jnp.float32) -> Tree:
+    """Params as decoding wants them: a tuple of layers, in the compute dtype. Once per params version.
+
+    Training scans stacked layers; a decode step that did would move the whole cache through the scan.
+    """
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    layers = tuple(
+        transformer.fuse(jax.tree.map(lambda x, i=i: x[i], params["layers"])) for i in range(cfg.num_layers)
+    )
+    return params | {"layers": layers}
+
+
+def _kinds(cfg: ModelConfig) -> tuple[str, ...]:
+    return cfg.layer_kinds or ("global",) * cfg.num_layers
+
+
+@partial(jax.jit, static_argnames=("cfg", "num_generations", "capacity"))
+def prefill(
+    prepared: Tree, tokens: Array, lengths: Array, cfg: ModelConfig, *, num_generations: int, capacity: int
+) -> State:
+    """Runs the prompts once and repeats their cache for each prompt's group.
+
+    Args:
+      prepared: from `prepare`.  tokens: i32[M, P] right-padded prompts.  lengths: i32[M], at least 1.
+      num_generations: G rows per prompt; row i·G + j continues prompt i.
+      capacity: C, room for new tokens.
+
+    Returns:
+      `State` of B = M·G rows.
+    """
+    dtype = prepared["final_norm"].dtype
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    ropes = transformer.rope_tables(cfg, positions)
+    x = transformer.embed(prepared, tokens, cfg, dtype)
+    keys, values = [], []
+
+    def repeat(x: Array) -> Array:
+        return jnp.repeat(x, num_generations, axis=0)
+
+    for layer, kind in zip(prepared["layers"], _kinds(cfg)):
+        mask = causal_mask(positions, window=cfg.window if kind == "local" else None)
+
+        def attend(q: Array, k: Array, v: Array, mask: Array = mask) -> Array:
+            # padded slots are written as zeros: what lies beyond a prompt must not be able to poison it
+            real = length_mask(lengths, k.shape[1])[:, :, None, None]
+            room = ((0, 0), (0, capacity), (0, 0), (0, 0))
+            keys.append(repeat(jnp.pad(jnp.where(real, k, 0), room).transpose(0, 2, 3, 1)))
+            values.append(repeat(jnp.pad(jnp.where(real, v, 0), room).transpose(0, 2, 1, 3)))
+            scale = transformer.score_scale(cfg)
+            return attention(q, k, v, mask, scale=scale, softcap=cfg.attention_softcap)
+
+        x = transformer.block(layer, x, cfg, ropes[kind], attend)
+    x = transformer.rms_norm(x, prepared["final_norm"], cfg)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    batch = tokens.shape[0] * num_generations
+    zeros = jnp.zeros((batch, capacity), jnp.float32)
+    return State(
+        keys=tuple(keys),
+        values=tuple(values),
+        hidden=repeat(last),
+        prompt_lengths=repeat(lengths),
+        step=jnp.zeros((), jnp.int32),
+        done=jnp.zeros(batch, bool),
+        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        behaviour_logp=zeros,
+        raw_logp=zeros,
+        log_kept=zeros,
+        counts=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def cached_attention(
+    q: Array, keys: Array, values: Array, mask: Array, *, scale: float, softcap: float | None
+) -> Array:
+    """Attention of one query per row over its cache.
+
+    Written as multiply-and-reduce: with one query per row there is no matrix product to speak of.
+
+    Args:
+      q: f[B, 1, H, h].  keys: f[B, K, h, W].  values: f[B, K, W, h].  mask: bool[B, W].
+
+    Returns:
+      f[B, 1, H, h].
+    """
+    batch, _, heads, width = q.shape
+    kv = keys.shape[1]
+    grouped = q.reshape(batch, kv, heads // kv, width, 1).astype(jnp.float32) * scale
+    scores = jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=3)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
+    out = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _advance(
+    prepared: Tree, state: State, tokens: Array, cfg: ModelConfig, width: int
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """Feeds the tokens i32[B] drawn at `state.step`; attends over the first `width` slots."""
+    capacity = state.tokens.shape[1]
+    prompt_slots = state.values[0].shape[2] - capacity
+    slot = prompt_slots + state.step
+    position = state.prompt_lengths + state.step
+    slots = jnp.arange(width)[None, :]
+    written = (slots < state.prompt_lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))
+    slot_positions = jnp.where(
+        slots < prompt_slots, slots, state.prompt_lengths[:, None] + slots - prompt_slots
+    )
+    ropes = transformer.rope_tables(cfg, position[:, None])
+    x = transformer.embed(prepared, tokens[:, None], cfg, prepared["final_norm"].dtype)
+    keys, values = list(state.keys), list(state.values)
+    for index, (layer, kind) in enumerate(zip(prepared["layers"], _kinds(cfg))):
+        mask = written
+        if kind == "local" and cfg.window is not None:
+            mask = mask & (slot_positions > position[:, None] - cfg.window)
+
+        def attend(q: Array, k: Array, v: Array, index: int = index, mask: Array = mask) -> Array:
+            update = jax.lax.dynamic_update_slice
+            keys[index] = update(keys[index], k.transpose(0, 2, 3, 1), (0, 0, 0, slot))
+            values[index] = update(values[index], v.transpose(0, 2, 1, 3), (0, 0, slot, 0))
+            return cached_attention(
+                q,
+                keys[index][..., :width],
+                values[index][:, :, :width],
+                mask,
+                scale=transformer.score_scale(cfg),
+                softcap=cfg.attention_softcap,
+            )
+
+        x = transformer.block(layer, x, cfg, ropes[kind], attend)
+    x = transformer.rms_norm(x, prepared["final_norm"], cfg)
+    return x[:, 0], tuple(keys), tuple(values)
+
+
+@partial(jax.jit, static_argnames=("cfg", "width"), donate_argnames=("state",))
+def decode(
+    prepared: Tree,
+    state: State,
+    sampling: Sampling,
+    key: Array,
+    uids: Array,
+    stop_ids: Array,
+    until: Array,
+    cfg: ModelConfig,
+    *,
+    width: int,
+) -> State:
+    """Draws tokens until step `until`, or until every row is done.
+
+    Args:
+      prepared: from `prepare`.  state: donated.  sampling: per row.
+      key, uids: i32[B]; the draw at a position is fold_in(fold_in(key, uid), position).
+      stop_ids: i32[E] tokens that end a row (-1 = none).
+      until: i32 scalar, at most `width` - P.
+      width: slots attended over; the state's step must stay below width - P.
+    """
+
+    def more(state: State) -> Array:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def one(state: State) -> State:
+        logits = transformer.logits(prepared, state.hidden, cfg)
+        positions = state.prompt_lengths + state.step
+        drawn = sample(logits, sampling, row_uniform(key, uids, positions))
+        live = ~state.done
+        token = jnp.where(live, drawn.token, 0)
+
+        def put(array: Array, value: Array) -> Array:
+            return jax.lax.dynamic_update_slice(array, value[:, None], (0, state.step))
+
+        hidden, keys, values = _advance(prepared, state, token, cfg, width)
+        return State(
+            keys=keys,
+            values=values,
+            hidden=hidden,
+            prompt_lengths=state.prompt_lengths,
+            step=state.step + 1,
+            done=state.done | jnp.any(drawn.token[:, None] == stop_ids, axis=1),
+            tokens=put(state.tokens, token),
+            behaviour_logp=put(state.behaviour_logp, jnp.where(live, drawn.behaviour_logp, 0)),
+            raw_logp=put(state.raw_logp, jnp.where(live, drawn.raw_logp, 0)),
+            log_kept=put(state.log_kept, jnp.where(live, drawn.log_kept, 0)),
+            counts=state.counts + live,
+        )
+
+    return jax.lax.while_loop(more, one, state)
+
+
+@jax.jit
+def stop(state: State, rows: Array, counts: Array) -> State:
+    """Ends the given rows (bool[B]) after `counts` (i32[B]) tokens; what they drew later is dropped."""
+    return dataclasses.replace(
+        state, done=state.done | rows, counts=jnp.where(rows, jnp.minimum(counts, state.counts), state.counts)
+    )
+
+
+@jax.jit
+def collect(
+    state: State, prompts: Array, temperature: Array, group: Array, policy_version: Array
+) -> Trajectories:
+    """Joins prompts i32[B, P] and completions into left-aligned rows of P + C tokens."""
+    capacity = state.tokens.shape[1]
+    size = prompts.shape[1] + capacity
+    lengths = state.prompt_lengths + state.counts
+    column = jnp.broadcast_to(jnp.arange(size), (prompts.shape[0], size))
+    drawn_at = jnp.clip(column - state.prompt_lengths[:, None], 0, capacity - 1)
+    action_mask = (column >= state.prompt_lengths[:, None]) & (column < lengths[:, None])
+
+    def place(drawn: Array) -> Array:
+        return jnp.where(action_mask, jnp.take_along_axis(drawn, drawn_at, axis=1), 0)
+
+    padded = jnp.pad(prompts, ((0, 0), (0, capacity)))
+    return Trajectories(
+        tokens=jnp.where(column < state.prompt_lengths[:, None], padded, place(state.tokens)),
+        lengths=lengths,
+        action_mask=action_mask,
+        behaviour_logp=place(state.behaviour_logp),
+        raw_logp=place(state.raw_logp),
+        log_kept=place(state.log_kept),
+        temperature=temperature,
+        finished=state.done,
+        group=group,
+        policy_version=jnp.where(action_mask, policy_version, -1),
+    )
+
+
+def widths(prompt_slots: int, capacity: int, first: int = 128) -> list[int]:
+    """The ladder of cache widths to attend over: it doubles, so a long completion costs few compilations
+    and a step reads at most twice what it needs."""
+    ends = [first]
+    while ends[-1] < capacity:
+        ends.append(2 * ends[-1])
+    return [prompt_slots + min(end, capacity) for end in ends]
+
+
+def generate(
+    prepared: Tree,
+    cfg: ModelConfig,
+    prompts: np.ndarray,
+    prompt_lengths: np.ndarray,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Array,
+    uids: np.ndarray,
+    stop_ids: Sequence[int],
+    policy_version: int = 0,
+    find_stop: Callable[[np.ndarray], int | None] | None = None,
+    check_every: int = 32,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Trajectories:
+    """Samples `num_generations` completions of each prompt.
+
+    Args:
+      prepared: from `prepare`.
+      prompts: i32[M, P] right-padded.  prompt_lengths: i32[M], at least 1.
+      num_generations: G; row i·G + j of the result continues prompt i and has group i.
+      max_new_tokens: C, a static shape.
+      sampling: parameters of the M·G rows (traced).
+      key, uids: i32[M·G]; a row's draws depend on the key, its uid and the position alone.
+      stop_ids: tokens that end a completion and belong to it.
+      policy_version: written to every token.
+      find_stop: given a row's new token ids i32[n], how many of them to keep if a stop string ends the
+        row, else None. Called on the host every `check_every` tokens for rows that still run.
+      sharding: how rows lie on a mesh; None = on the default device.
+
+    Returns:
+      `Trajectories` of M·G rows and P + C columns.
+
+    Raises:
+      ValueError: an empty prompt, or arguments of the wrong length.
+    """
+    count, slots = prompts.shape
+    if np.min(prompt_lengths) < 1:
+        raise ValueError(f"prompt {int(np.argmin(prompt_lengths))} is empty; a prompt needs a token")
+    batch = count * num_generations
+    if len(uids) != batch or sampling.temperature.shape != (batch,):
+        raise ValueError(
+            f"{count} prompts × {num_generations} generations need {batch} uids and sampling rows, "
+            f"got {len(uids)} and {sampling.temperature.shape[0]}"
+        )
+    ids = jnp.asarray([*stop_ids, -1], jnp.int32)
+    tokens, lengths, row_ids = (
+        jax.device_put(np.asarray(x, np.int32), sharding) for x in (prompts, prompt_lengths, uids)
+    )
+    state = prefill(
+        prepared,
+        tokens,
+        lengths,
+        cfg,
+        num_generations=num_generations,
+        capacity=max_new_tokens,
+    )
+    step = 0
+    for width in widths(slots, max_new_tokens):
+        while step < width - slots:
+            step = min(step + check_every, width - slots) if find_stop else width - slots
+            until = jnp.asarray(step, jnp.int32)
+            state = decode(prepared, state, sampling, key, row_ids, ids, until, cfg, width=width)
+            if find_stop is not None:
+                state = _stop_strings(state, find_stop)
+        if bool(jnp.all(state.done)):
+            break
+    return collect(
+        state,
+        jnp.repeat(tokens, num_generations, axis=0),
+        sampling.temperature,
+        jnp.repeat(jnp.arange(count, dtype=jnp.int32), num_generations),
+        jnp.asarray(policy_version, jnp.int32),
+    )
+
+
+def _stop_strings(state: State, find_stop: Callable[[np.ndarray], int | None]) -> State:
+    tokens, counts, done = jax.device_get((state.tokens, state.counts, state.done))
+    rows = np.zeros(len(counts), bool)
+    keep = counts.copy()
+    for row in np.flatnonzero(~done):
+        end = find_stop(tokens[row, : counts[row]])
+        if end is not None:
+            rows[row], keep[row] = True, end
+    return stop(state, jnp.asarray(rows), jnp.asarray(keep)) if rows.any() else state

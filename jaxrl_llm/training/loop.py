@@ -1,0 +1,369 @@
+"""The training loop: prompts → rollout → rewards → advantages → loss → update."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_llm.data.order import Cursor
+from jaxrl_llm.losses import Metrics, finalize, merge
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules, shardings
+from jaxrl_llm.rewards.pool import RewardPool
+from jaxrl_llm.sampling.autoregressive import prepare
+from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints, check_config
+from jaxrl_llm.training.evaluation import evaluate
+from jaxrl_llm.training.groups import collect
+from jaxrl_llm.training.job import EVALUATE, SHUFFLE, Job, export, initial_params, reward_specs, run_key
+from jaxrl_llm.training.plots import plot
+from jaxrl_llm.training.progress import progress
+from jaxrl_llm.training.stages import (
+    Host,
+    compute_advantages,
+    draw,
+    narrow,
+    next_examples,
+    rollout_metrics,
+    save_completions,
+    throughput,
+    timed,
+)
+from jaxrl_llm.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    schedule,
+    state_shardings,
+)
+from jaxrl_llm.training.update import (
+    PolicyBatch,
+    make_scorer,
+    make_update,
+    policy_loss,
+    scorer,
+    supervised_loss,
+)
+from jaxrl_llm.training.writers import open_writer, read_metrics
+
+MAY_CHANGE = ("num_steps", "eval", "checkpoint", "log", "reward.timeout", "reward.workers", "mesh")
+"""Keys that a resumed run may set anew; a changed num_steps changes a schedule that runs to its end."""
+
+SHOWN = ("reward", "eval/accuracy", "completions/mean_length", "entropy", "loss", "tokens_per_second/decode")
+"""Metrics on the progress line."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient stayed NaN or infinite; the last good state is saved."""
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop sees between steps.
+
+    A second Ctrl-C interrupts at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield lambda: False
+        return
+    asked = False
+
+    def handle(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def num_pieces(c: Any, rows: int) -> int:
+    """Micro-batches that `rows` rows are taken in."""
+    return rows // (c.micro_batch_rows or rows)
+
+
+def learn(
+    job: Job,
+    state: TrainState,
+    batch: PolicyBatch,
+    update: Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]],
+    step: int,
+) -> tuple[TrainState, Metrics]:
+    """All updates on one batch of rollouts: `num_iterations` passes in `num_minibatches` shuffled parts."""
+    c = job.config.train
+    rows = batch.advantages.shape[0]
+    metrics: Metrics = {}
+    for iteration in range(c.num_iterations):
+        order = np.arange(rows)
+        if c.num_minibatches > 1:
+            key = jax.random.fold_in(run_key(job, SHUFFLE, step), iteration)
+            order = np.asarray(jax.random.permutation(key, rows))
+        for part in np.split(order, c.num_minibatches):
+            whole = c.num_minibatches == 1
+            piece = batch if whole else jax.tree.map(lambda x, part=part: x[part], batch)
+            state, more = update(state, jax.device_put(piece, job.rows))
+            metrics = merge(metrics, more)
+    return state, metrics
+
+
+def specs_of(job: Job) -> Tree:
+    """`ParamSpec` of the policy."""
+    return transformer.param_specs(job.cfg)
+
+
+def placed_state(job: Job, optimizer: optax.GradientTransformation) -> Any:
+    """Where the state's arrays live."""
+    return state_shardings(specs_of(job), optimizer, job.mesh, job.rules or ShardingRules())
+
+
+def reference_params(job: Job, state: TrainState, folder: Path) -> Tree:
+    """The policy as RL found it, kept in a folder of its own so that a resumed run has the same."""
+    with Checkpoints(folder) as kept:
+        if kept.latest() is None:
+            kept.save(0, {"params": state.params}, {}, wait=True)
+        placed = shardings(specs_of(job), job.mesh, job.rules or ShardingRules())
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.params, placed
+        )
+        return kept.restore({"params": abstract})[0]["params"]
+
+
+def start(
+    job: Job, checkpoints: Checkpoints, optimizers: tuple[Any, Any]
+) -> tuple[TrainState, Host, int | None]:
+    """The state to go on from: the newest checkpoint's, or a fresh one.
+
+    Returns:
+      state, host, and the step that was restored (None = a fresh start).
+
+    Raises:
+      ConfigMismatch: the checkpoint belongs to another config.
+    """
+    c = job.config
+    supervised, rl = optimizers
+    latest = checkpoints.latest()
+    if latest is None:
+        first = supervised if c.supervised.num_steps else rl
+        state = init_state(initial_params(job), first, placed_state(job, first))
+        return state, Host(0, Cursor(c.seed), Cursor(c.seed + 1)), None
+    # a checkpoint at the border of the stages already has the optimizer of the next one
+    optimizer = supervised if latest < c.supervised.num_steps else rl
+    abstract = abstract_state(specs_of(job), optimizer, placed_state(job, optimizer))
+    state, saved = checkpoints.restore(abstract, latest)
+    check_config(saved["config"], c.to_dict(), ignore=MAY_CHANGE)
+    return state, Host.load(saved["host"]), latest
+
+
+def run(job: Job, workdir: Path) -> None:
+    """Trains, from wherever the workdir stands to the end.
+
+    Raises:
+      Stopped: Ctrl-C or SIGTERM, after saving.
+      NonFinite: too many updates in a row were not finite; the last good state is saved.
+      ConfigMismatch, CheckpointError: the workdir cannot be resumed.
+    """
+    c = job.config
+    rl_begins, end = c.supervised.num_steps, c.supervised.num_steps + c.num_steps
+    rows = c.rollout.prompts_per_step * c.rollout.num_generations
+    updates = c.num_steps * c.train.num_iterations * c.train.num_minibatches
+    optimizers = make_optimizer(c.supervised.optimizer, rl_begins), make_optimizer(c.optimizer, updates)
+    score = scorer(c, job.cfg, job.rules)
+    timings: dict[str, float] = {}
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(job.mesh))
+        stopping = stack.enter_context(stop_requests())
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best
+            )
+        )
+        state, host, restored = start(job, checkpoints, optimizers)
+        writer = open_writer(workdir, restored)
+        stack.callback(writer.close)
+        if restored is None:
+            writer.write_hparams(c.to_dict())
+        pool = None
+        if c.reward.functions:
+            pool = stack.enter_context(
+                RewardPool(
+                    reward_specs(c),
+                    workers=c.reward.workers,
+                    timeout=c.reward.timeout,
+                    memory_gib=c.reward.memory_gib,
+                )
+            )
+
+        def save(wait: bool = False) -> None:
+            record = {"host": dataclasses.asdict(host), "config": c.to_dict()}
+            best = {} if host.accuracy is None else {"eval/accuracy": host.accuracy}
+            try:
+                with timed(timings, "checkpoint"):
+                    checkpoints.save(host.step, state, record, best, wait=wait)
+            except CheckpointError as error:
+                if wait:
+                    raise
+                print(f"\nWARNING: {error}\nTraining goes on; the next save is tried again.", flush=True)
+
+        def evaluate_now() -> dict[str, float]:
+            assert pool is not None
+            with timed(timings, "eval"):
+                numbers, _, _ = evaluate(
+                    prepare(state.params, job.cfg, job.dtype),
+                    job.cfg,
+                    job.tokenizer,
+                    job.eval_prompts,
+                    job.eval_settings(),
+                    pool,
+                    job.weights,
+                    key=run_key(job, EVALUATE, 0),
+                    batch_prompts=c.eval.batch_prompts,
+                    correct_at=c.eval.correct_at,
+                    sharding=job.rows,
+                )
+            host.accuracy = numbers["eval/accuracy"]
+            return numbers
+
+        def finish_step(numbers: dict[str, float]) -> None:
+            """Everything that follows an update: evaluation, metrics, checkpoint, requests to stop."""
+            host.step += 1
+            step = host.step
+            in_rl = step > rl_begins
+            due = c.eval.every and in_rl and (step - rl_begins) % c.eval.every == 0
+            if job.eval_prompts and (step in (rl_begins, end) or due):
+                numbers |= evaluate_now()
+            if int(state.nonfinite) >= c.train.max_nonfinite_steps:
+                save(wait=True)
+                raise NonFinite(
+                    f"{int(state.nonfinite)} updates in a row were not finite (NaN or infinite loss or "
+                    f"gradient); stopped at step {step}. The last good state is saved in {checkpoints.directory}; lower "
+                    "the learning rate, or look at the rewards and completions of the last steps"
+                )
+            if step % c.log.every == 0 or step in (rl_begins, end) or "eval/accuracy" in numbers:
+                writer.write_scalars(step, numbers | timings | {"skipped_updates": float(state.skipped)})
+            timings.clear()
+            if stopping() or step in (rl_begins, end) or step % c.checkpoint.every == 0:
+                save(wait=stopping() or step == end)
+            if stopping() and step < end:
+                raise Stopped(f"saved at step {step} of {end}; the same command goes on from there")
+
+        # --- supervised: the warm start, or the whole run
+        if host.step < rl_begins:
+            rate = schedule(c.supervised.optimizer, rl_begins)
+            update = make_update(supervised_loss(score), optimizers[0], rate)
+            length = c.supervised.max_length or c.data.max_prompt_length + c.rollout.max_completion_length
+            with progress(total=rl_begins, title="supervised") as tick:
+                while host.step < rl_begins:
+                    with timed(timings, "prompts"):
+                        examples = next_examples(job, host, c.supervised.batch_rows, length)
+                    with timed(timings, "update"):
+                        state, metrics = update(state, jax.device_put(examples, job.rows))
+                        numbers = finalize(metrics)
+                    host.num_tokens += int(np.sum(examples.segment_ids > 0))
+                    numbers["num_tokens"] = float(host.num_tokens)
+                    numbers["step_time"] = sum(timings.values())
+                    if host.step + 1 == rl_begins:  # RL starts with an optimizer of its own
+                        state = init_state(state.params, optimizers[1], placed_state(job, optimizers[1]))
+                    finish_step(numbers)
+                    tick(host.step, {k: numbers[k] for k in SHOWN if k in numbers})
+        elif host.step == 0 and restored is None:
+            if job.eval_prompts:
+                writer.write_scalars(0, evaluate_now())
+            save()
+
+        # --- reinforcement learning
+        if c.num_steps:
+            reference = reference_params(job, state, workdir / "reference") if c.loss.beta else None
+            update = make_update(
+                policy_loss(c, score),
+                optimizers[1],
+                schedule(c.optimizer, updates),
+                pieces=num_pieces(c.train, rows // c.train.num_minibatches),
+            )
+            logp = make_scorer(score, c.rollout.max_completion_length, pieces=num_pieces(c.train, rows))
+            is_corrected = c.loss.importance_sampling_correction != "none"
+            assert pool is not None
+            with progress(total=c.num_steps, title="RL", start=host.step - rl_begins) as tick:
+                while host.step < end:
+                    with timed(timings, "prepare"):
+                        prepared = prepare(state.params, job.cfg, job.dtype)
+                        version = int(state.version)
+                    scored = collect(
+                        lambda: draw(job, host, prepared, pool, version, timings),  # noqa: B023
+                        num_groups=c.rollout.prompts_per_step,
+                        group_size=c.rollout.num_generations,
+                        max_attempts=c.rollout.max_attempts,
+                        on_degenerate=c.rollout.on_degenerate,
+                    )
+                    if scored is None:
+                        finish_step({"rollout/skipped": 1.0})
+                        continue
+                    with timed(timings, "advantage"):
+                        advantages, metrics = compute_advantages(job, scored)
+                        batch = narrow(job, scored, advantages)
+                    if is_corrected or reference is not None:
+                        with timed(timings, "score"):
+                            batch = dataclasses.replace(
+                                batch,
+                                old_logp=logp(state.params, batch.trajectories) if is_corrected else None,
+                                ref_logp=None if reference is None else logp(reference, batch.trajectories),
+                            )
+                    with timed(timings, "update"):
+                        state, more = learn(job, state, batch, update, host.step)
+                        numbers = finalize(metrics | more) | rollout_metrics(job, scored)
+                    host.num_tokens += int(jnp.sum(batch.trajectories.lengths))
+                    numbers |= throughput(scored, batch, timings)
+                    numbers["num_tokens"] = float(host.num_tokens)
+                    numbers["policy_version_lag"] = (int(state.version) - version - 1) / 2
+                    if c.log.completions_every and host.step % c.log.completions_every == 0:
+                        save_completions(workdir, host.step, scored, advantages)
+                    finish_step(numbers)
+                    tick(host.step - rl_begins, {k: numbers[k] for k in SHOWN if k in numbers})
+
+        # --- what remains of the run
+        if c.checkpoint.export:
+            export(job, state.params, workdir / "export")
+        writer.flush()
+        if c.log.plots:
+            plot([workdir], workdir / "plots")
+
+
+def results(job: Job, workdir: Path) -> list[tuple[str, str]]:
+    """What a finished run has to show, (name, value): accuracy before and after, and files."""
+    metrics = read_metrics(workdir)
+    lines = []
+    if "eval/accuracy" in metrics:
+        steps, accuracy = metrics["eval/accuracy"]
+        low, high = metrics["eval/accuracy_low"][1], metrics["eval/accuracy_high"][1]
+        for place in (0, -1) if len(steps) > 1 else (-1,):
+            lines.append(
+                (
+                    f"accuracy at step {steps[place]}",
+                    f"{100 * accuracy[place]:.1f}% [{100 * low[place]:.1f}, {100 * high[place]:.1f}] of "
+                    f"{len(job.eval_prompts)} held-out problems",
+                )
+            )
+        if len(steps) > 1:
+            lines.append(("gain", f"{100 * (accuracy[-1] - accuracy[0]):+.1f} points"))
+    if job.config.checkpoint.export:
+        lines.append(("model", str(workdir / "export")))
+    return lines

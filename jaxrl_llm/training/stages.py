@@ -1,0 +1,223 @@
+"""The stations of the loop, each a function: prompts, rollout, rewards, advantages, what the update sees."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.advantages import ADVANTAGES
+from jaxrl_llm.data.order import Cursor, take
+from jaxrl_llm.data.prompts import Prompt, encode_prompts
+from jaxrl_llm.data.rows import prompt_text
+from jaxrl_llm.data.supervised import encode_supervised, pack
+from jaxrl_llm.losses import Metrics
+from jaxrl_llm.models.params import Tree
+from jaxrl_llm.rewards.pool import RewardPool, Scores
+from jaxrl_llm.rollouts.single_turn import Rollout, rollout
+from jaxrl_llm.training.config import accepted, lookup
+from jaxrl_llm.training.groups import Scored
+from jaxrl_llm.training.job import SAMPLE, Job, run_key
+from jaxrl_llm.training.rewarding import total_rewards
+from jaxrl_llm.training.update import PolicyBatch, SupervisedBatch
+from jaxrl_llm.training.writers import write_completions
+from jaxrl_llm.trajectory import widen
+
+
+@dataclasses.dataclass
+class Host:
+    """The host's part of the state: JSON, saved beside the arrays.
+
+    Attributes:
+      step: updates stages finished: supervised steps first, RL steps after them.
+      train, supervised: where the data stand.
+      uid: sequences sampled so far; numbers the next ones.
+      num_tokens: tokens trained on so far.
+      dropped: prompts or examples left out because they were too long.
+      accuracy: of the last evaluation.
+    """
+
+    step: int
+    train: Cursor
+    supervised: Cursor
+    uid: int = 0
+    num_tokens: int = 0
+    dropped: int = 0
+    accuracy: float | None = None
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> "Host":
+        """From what `dataclasses.asdict` made of it and JSON of that."""
+        cursors = {name: Cursor(*saved[name]) for name in ("train", "supervised")}
+        return cls(**saved | cursors)
+
+
+@contextlib.contextmanager
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the seconds spent inside to timings['timing/<stage>']."""
+    start = time.perf_counter()
+    yield
+    name = f"timing/{stage}"
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
+
+
+def next_prompts(job: Job, host: Host, count: int) -> list[Prompt]:
+    """The next `count` prompts that fit, advancing the cursor past those that do not."""
+    assert job.train is not None
+    c = job.config.data
+    prompts: list[Prompt] = []
+    looked = 0
+    while len(prompts) < count:
+        indices, host.train = take(host.train, count - len(prompts), len(job.train))
+        more, dropped = encode_prompts(
+            (job.train[int(i)] for i in indices),
+            job.tokenizer,
+            max_prompt_length=c.max_prompt_length,
+            overlong=c.overlong_prompts,
+        )
+        prompts += more
+        host.dropped += dropped
+        looked += len(indices)
+        if not prompts and looked >= len(job.train):
+            raise ValueError(
+                f"no training prompt has at most data.max_prompt_length={c.max_prompt_length} tokens"
+            )
+    return prompts
+
+
+def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBatch:
+    """As many of the next examples as fit into `rows` packed rows of `length` tokens."""
+    assert job.supervised is not None
+    want = rows * 8
+    indices, _ = take(host.supervised, want, len(job.supervised))
+
+    def with_completion(row: dict[str, Any]) -> dict[str, Any]:
+        known = "completion" in row or "chosen" in row or "answer" not in row
+        return row if known else row | {"completion": str(row["answer"])}
+
+    examples, _ = encode_supervised(
+        (with_completion(job.supervised[int(i)]) for i in indices),
+        job.tokenizer,
+        max_length=length,
+        overlong=job.config.data.overlong_prompts,
+    )
+    if not examples:
+        raise ValueError(
+            f"none of {want} supervised rows has at most {length} tokens: raise supervised.max_length"
+        )
+    packed, used = pack(examples, length, rows)
+    taken = examples[used].index if used < len(examples) else want
+    host.dropped += taken - used
+    _, host.supervised = take(host.supervised, taken, len(job.supervised))
+    return SupervisedBatch(*(jnp.asarray(x) for x in packed))
+
+
+def draw(
+    job: Job, host: Host, prepared: Tree, pool: RewardPool, version: int, timings: dict[str, float]
+) -> tuple[Rollout, np.ndarray, Scores]:
+    """Prompts → rollout → rewards."""
+    c = job.config.rollout
+    with timed(timings, "prompts"):
+        prompts = next_prompts(job, host, c.prompts_per_step)
+    with timed(timings, "rollout"):
+        out = rollout(
+            prepared,
+            job.cfg,
+            job.tokenizer,
+            prompts,
+            job.settings(),
+            key=run_key(job, SAMPLE, 0),
+            first_uid=host.uid,
+            policy_version=version,
+            sharding=job.rows,
+        )
+        host.uid += len(out.completions)
+    with timed(timings, "reward"):
+        total, scores = total_rewards(pool, job.weights, out)
+    return out, total, scores
+
+
+def compute_advantages(job: Job, scored: Scored) -> tuple[jax.Array, Metrics]:
+    """Total rewards → advantages f32[N]; rows that some reward function failed on are left out."""
+    c = job.config.advantage
+    function = lookup(c.name, ADVANTAGES)
+    options = accepted(function, {"scale": c.scale_rewards, "epsilon": c.epsilon})
+    valid = jnp.asarray(scored.valid & ~scored.failed & np.isfinite(scored.total))
+    group = scored.rollout.trajectories.group
+    return function(jnp.asarray(scored.total), group, valid, **options)
+
+
+def narrow(job: Job, scored: Scored, advantages: jax.Array) -> PolicyBatch:
+    """What the update sees: rows that do not count are masked, columns that no row fills are cut.
+
+    The width is a power-of-two fraction of the full width, so there are few compiled shapes.
+    """
+    t = scored.rollout.trajectories
+    counts = jnp.asarray(scored.valid)
+    if job.config.rollout.mask_truncated_completions:
+        counts &= t.finished
+    full = job.config.data.max_prompt_length + job.config.rollout.max_completion_length
+    width, longest = full, int(jnp.max(t.lengths))
+    while width // 2 >= max(longest, 64):
+        width = -(-width // 2)
+    t = dataclasses.replace(widen(t, width), action_mask=widen(t, width).action_mask & counts[:, None])
+    return PolicyBatch(t, advantages)
+
+
+def rollout_metrics(job: Job, scored: Scored) -> dict[str, float]:
+    """Numbers about completions and rewards, from the host's copies."""
+    lengths = np.array([len(ids) for ids in scored.rollout.completion_ids])
+    finished = np.asarray(scored.rollout.trajectories.finished)
+    out = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - finished.mean()),
+        "rollout/groups_drawn": float(scored.drawn),
+        "rollout/groups_differing": float(scored.kept),
+        "rollout/rows_trained": float(scored.valid.sum()),
+    }
+    for name, values in scored.values.items():
+        applies = values[np.isfinite(values)]
+        if applies.size:
+            out[f"rewards/{name}/mean"] = float(applies.mean())
+            out[f"rewards/{name}/std"] = float(applies.std())
+    for name, reasons in scored.failures.items():
+        for reason, count in reasons.items():
+            out[f"rewards/{name}/{reason}"] = float(count)
+    return out
+
+
+def throughput(scored: Scored, batch: PolicyBatch, timings: dict[str, float]) -> dict[str, float]:
+    """Seconds of the step, and tokens per second of its stages (decode: completions alone)."""
+    written = sum(len(ids) for ids in scored.rollout.completion_ids)
+    seen = int(jnp.sum(batch.trajectories.lengths))
+    out = {"step_time": sum(timings.values())}
+    for name, stage, tokens in (
+        ("decode", "rollout", written),
+        ("score", "score", seen),
+        ("train", "update", seen),
+    ):
+        if timings.get(f"timing/{stage}", 0) > 0:
+            out[f"tokens_per_second/{name}"] = tokens / timings[f"timing/{stage}"]
+    return out
+
+
+def save_completions(workdir: Path, step: int, scored: Scored, advantages: jax.Array) -> None:
+    """Writes what people want to read of a step."""
+    r = scored.rollout
+    write_completions(
+        workdir,
+        step,
+        prompts=[prompt_text(prompt.row["prompt"]) for prompt in r.prompts],
+        completions=r.completions,
+        rewards=scored.values,
+        reward=scored.total,
+        advantages=advantages,
+        lengths=[len(ids) for ids in r.completion_ids],
+    )

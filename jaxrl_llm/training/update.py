@@ -1,0 +1,222 @@
+"""One update of the params: micro-batched gradients of a loss that is a sum over a weight.
+
+Losses return a (sum, weight) pair whose weight does not depend on params. Gradients of the sums are added
+over micro-batches and divided once by the added weights, so that accumulation cannot change a mean.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from jaxrl_llm.losses import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    Max,
+    Metric,
+    Metrics,
+    Min,
+    WeightedSum,
+    aggregate,
+    entropy_bonus,
+    importance_sampling_correction,
+    negative_log_likelihood,
+    ratio_statistics,
+)
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.params import Tree
+from jaxrl_llm.models.scoring import Scores, score
+from jaxrl_llm.parallel.sharding import ShardingRules
+from jaxrl_llm.training.config import accepted, lookup
+from jaxrl_llm.training.state import TrainState
+from jaxrl_llm.trajectory import Trajectories
+
+Array = jax.Array
+Loss = Callable[[Tree, Any], tuple[WeightedSum, Metrics]]
+"""(params, batch) -> the loss before its division, and metrics."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyBatch:
+    """Rows to learn from. N rows, T tokens.
+
+    Attributes:
+      trajectories: the rows; `action_mask` says which tokens count.
+      advantages: f32[N].
+      old_logp: f32[N, T] log-probs (nats) by the trainer's own forward pass for the params that sampled;
+        None = the sampler's `behaviour_logp`.
+      ref_logp: f32[N, T] tempered log-probs (nats) under the reference model; None without one.
+    """
+
+    trajectories: Trajectories
+    advantages: Array
+    old_logp: Array | None = None
+    ref_logp: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SupervisedBatch:
+    """Packed rows, as `data.supervised.pack` makes them: i32 or bool[N, T] each."""
+
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    loss_mask: Array
+
+
+def scorer(c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None) -> Callable[..., Scores]:
+    """`score` with the run's dtype, remat and layout filled in."""
+    dtype = jnp.dtype(c.model.compute_dtype)
+    return partial(score, cfg=cfg, dtype=dtype, remat=c.model.remat, rules=rules)
+
+
+def policy_scores(score: Callable[..., Scores], params: Tree, t: Trajectories, max_targets: int) -> Scores:
+    """Tempered log-probs and entropies of the action tokens."""
+    return score(params, t.tokens, t.action_mask, temperature=t.temperature, max_targets=max_targets)
+
+
+def policy_loss(c: ConfigDict, score: Callable[..., Scores]) -> Loss:
+    """The objective that the config describes: (surrogate × correction + β·KL − coefficient·entropy)."""
+    surrogate = lookup(c.loss.surrogate, SURROGATES)
+    options = accepted(surrogate, {k: c.loss[k] for k in ("epsilon", "epsilon_high", "delta")})
+    options |= c.loss.options.to_dict()
+    estimator = KL_ESTIMATORS[c.loss.kl_estimator]
+    max_targets = c.rollout.max_completion_length
+
+    def loss(params: Tree, batch: PolicyBatch) -> tuple[WeightedSum, Metrics]:
+        t = batch.trajectories
+        mask = t.action_mask
+        scores = policy_scores(score, params, t, max_targets)
+        # what truncation kept is a constant of the sampling step, so the trainer's log-prob is of the
+        # distribution that was sampled from (and its ratio to the sampler's is 1 before an update)
+        logp = scores.logp - t.log_kept
+        old_logp = t.behaviour_logp if batch.old_logp is None else batch.old_logp - t.log_kept
+        token_loss, metrics = surrogate(logp, old_logp, batch.advantages[:, None], mask, **options)
+        # without a correction the trainer's own log-prob of now shows how far the two have come apart
+        weights, corrections = importance_sampling_correction(
+            jax.lax.stop_gradient(logp) if batch.old_logp is None else old_logp,
+            t.behaviour_logp,
+            mask,
+            mode=c.loss.importance_sampling_correction,
+            cap=c.loss.importance_sampling_cap,
+        )
+        token_loss = token_loss * weights
+        bonus, entropy = entropy_bonus(scores.entropy, mask)
+        token_loss = token_loss + c.loss.entropy_coef * bonus
+        metrics = metrics | corrections | entropy | ratio_statistics(logp, t.behaviour_logp, mask)
+        if batch.ref_logp is not None:
+            kl, kl_metrics = estimator(scores.logp, batch.ref_logp, mask, old_logp=old_logp + t.log_kept)
+            token_loss = token_loss + c.loss.beta * kl
+            metrics = metrics | kl_metrics
+        norm = c.rollout.max_completion_length
+        return aggregate(token_loss, mask, c.loss.loss_aggregation, norm=norm), metrics
+
+    return loss
+
+
+def supervised_loss(score: Callable[..., Scores]) -> Loss:
+    """Mean negative log-likelihood of the tokens under `loss_mask`."""
+
+    def loss(params: Tree, batch: SupervisedBatch) -> tuple[WeightedSum, Metrics]:
+        scores = score(
+            params,
+            batch.tokens,
+            batch.loss_mask,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+        )
+        token_loss, metrics = negative_log_likelihood(scores.logp, batch.loss_mask)
+        return aggregate(token_loss, batch.loss_mask), metrics
+
+    return loss
+
+
+def reduce_stacked(metrics: Metrics) -> Metrics:
+    """Metrics whose arrays have a leading axis of pieces, as those of the whole."""
+
+    def one(metric: Metric) -> Metric:
+        reduce = jnp.max if isinstance(metric, Max) else jnp.min if isinstance(metric, Min) else jnp.sum
+        return type(metric)(*(reduce(x, axis=0) for x in metric))
+
+    return {name: one(metric) for name, metric in metrics.items()}
+
+
+def accumulate(loss: Loss, params: Tree, batch: Any, pieces: int) -> tuple[Tree, WeightedSum, Metrics]:
+    """Gradient of the loss's sum over the batch, taken in `pieces` micro-batches of consecutive rows.
+
+    Returns:
+      Gradient of `total.sum` (not yet divided by `total.weight`), total, metrics.
+    """
+
+    def objective(params: Tree, piece: Any) -> tuple[Array, tuple[WeightedSum, Metrics]]:
+        total, metrics = loss(params, piece)
+        return total.sum, (total, metrics)
+
+    def one(grads: Tree, piece: Any) -> tuple[Tree, tuple[WeightedSum, Metrics]]:
+        more, aux = jax.grad(objective, has_aux=True)(params, piece)
+        return jax.tree.map(jnp.add, grads, more), aux
+
+    if pieces == 1:
+        grads, (total, metrics) = jax.grad(objective, has_aux=True)(params, batch)
+        return grads, total, metrics
+    cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    grads, (totals, stacked) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), cut)
+    return grads, WeightedSum(*(jnp.sum(x) for x in totals)), reduce_stacked(stacked)
+
+
+def make_update(
+    loss: Loss, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, pieces: int = 1
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """A jitted `update(state, batch) -> (state, metrics)`; the state is donated.
+
+    An update whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, total, metrics = accumulate(loss, state.params, batch, pieces)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-12), grads)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(total.sum) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(good, new, old)
+
+        one = jnp.ones((), jnp.float32)
+        metrics = metrics | {
+            "loss": total,
+            "grad_norm": WeightedSum(norm, one),
+            "learning_rate": WeightedSum(jnp.asarray(rate(state.version), jnp.float32), one),
+        }
+        return TrainState(
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            version=state.version + good,
+            nonfinite=jnp.where(good, 0, state.nonfinite + 1),
+            skipped=state.skipped + ~good,
+        ), metrics
+
+    return update
+
+
+def make_scorer(
+    score: Callable[..., Scores], max_targets: int, *, pieces: int = 1
+) -> Callable[[Tree, Trajectories], Array]:
+    """A jitted `logp(params, trajectories) -> f32[N, T]` of tempered log-probs, in micro-batches."""
+
+    @jax.jit
+    def logp(params: Tree, t: Trajectories) -> Array:
+        cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), t)
+        out = jax.lax.map(lambda piece: policy_scores(score, params, piece, max_targets).logp, cut)
+        return out.reshape(t.tokens.shape)
+
+    return logp

@@ -1,0 +1,1 @@
+"""Fused kernels of jaxrl_llm. Imports jax alone."""

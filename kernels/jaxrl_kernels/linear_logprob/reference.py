@@ -1,0 +1,40 @@
+"""The definition: logits in full, in float32."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class LogprobStats(NamedTuple):
+    """Per row, float32[N], in nats: log-prob of the target, entropy, log-sum-exp of the logits."""
+
+    logp: Array
+    entropy: Array
+    lse: Array
+
+
+def linear_logprob(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    *,
+    temperature: Array | float = 1.0,
+    softcap: float | None = None,
+    bias: Array | None = None,
+) -> LogprobStats:
+    """Materialises [N, V] logits; see `api.linear_logprob` for the arguments."""
+    z = jnp.einsum("nd,vd->nv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
+    if softcap is not None:
+        z = softcap * jnp.tanh(z / softcap)
+    z = z / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)[:, None]
+    lse = jax.nn.logsumexp(z, axis=1)
+    log_probs = z - lse[:, None]
+    logp = jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+    # -Σ p log p rather than lse - E[z], which cancels at large logits
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)
+    return LogprobStats(logp, entropy, lse)

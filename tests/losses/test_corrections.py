@@ -1,0 +1,100 @@
+"""Weights for the mismatch between sampler and trainer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.losses import IMPORTANCE_SAMPLING_CORRECTIONS, finalize, importance_sampling_correction
+
+# Token ratios; the third row has no token. Products over the rows' tokens: 0.25·1·4 = 1 and 0.5·8 = 4.
+RATIO = np.array([[0.25, 1, 4], [0.5, 8, 99], [99, 99, 99]], np.float32)
+MASK = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
+
+
+def correction(mode, **options):
+    return importance_sampling_correction(jnp.log(RATIO), jnp.zeros((3, 3)), MASK, mode=mode, **options)
+
+
+@pytest.mark.parametrize(
+    "mode, options, wanted",
+    [
+        ("none", {}, [[1, 1, 1], [1, 1, 1]]),
+        ("token_truncate", {}, [[0.25, 1, 3], [0.5, 3, 1]]),
+        ("token_truncate", {"cap": 5.0, "floor": 0.4}, [[0.4, 1, 4], [0.5, 5, 1]]),
+        ("token_mask", {"cap": 5.0, "floor": 0.4}, [[0, 1, 4], [0.5, 0, 1]]),
+        ("sequence_truncate", {}, [[1, 1, 1], [3, 3, 1]]),
+        ("sequence_mask", {}, [[1, 1, 1], [0, 0, 1]]),
+        ("sequence_mask", {"cap": 4.5}, [[1, 1, 1], [4, 4, 1]]),
+    ],
+)
+def test_closed_forms(mode, options, wanted):
+    weights, _ = correction(mode, **options)
+    np.testing.assert_allclose(weights, [*wanted, [1, 1, 1]], rtol=1e-6)
+
+
+def test_every_mode_has_a_closed_form():
+    modes = {arguments[0] for arguments in test_closed_forms.pytestmark[0].args[1]}
+    assert modes == set(IMPORTANCE_SAMPLING_CORRECTIONS)
+
+
+def test_metrics_are_those_of_the_raw_ratio():
+    """Tokens 0.25, 1, 4, 0.5, 8 have mean 2.75; rows 1 and 4. |ln ρ| is (2, 0, 2, 1, 3)·ln 2."""
+    shared = {"sampling/sampling_logp_difference/mean": 1.6 * np.log(2)}
+    shared["sampling/sampling_logp_difference/max"] = 3 * np.log(2)
+    ratio = "sampling/importance_sampling_ratio"
+    tokens = {f"{ratio}/min": 0.25, f"{ratio}/mean": 2.75, f"{ratio}/max": 8}
+    rows = {f"{ratio}/min": 1, f"{ratio}/mean": 2.5, f"{ratio}/max": 4}
+    corrected = "sampling/importance_sampling_corrected"
+    for mode, wanted in {
+        "none": tokens | {corrected: 0},
+        "token_truncate": tokens | {corrected: 2 / 5},
+        "token_mask": tokens | {corrected: 2 / 5},
+        "sequence_truncate": rows | {corrected: 1 / 2},
+        "sequence_mask": rows | {corrected: 1 / 2},
+    }.items():
+        assert finalize(correction(mode)[1]) == pytest.approx(shared | wanted, rel=1e-5)
+
+
+def test_the_bounds_themselves_are_inside():
+    ratio = jnp.exp(jnp.log(jnp.array([[0.5, 2.0]])))
+    weights, metrics = importance_sampling_correction(
+        jnp.log(jnp.array([[0.5, 2.0]])),
+        jnp.zeros((1, 2)),
+        jnp.ones((1, 2), bool),
+        mode="token_mask",
+        floor=float(ratio[0, 0]),
+        cap=float(ratio[0, 1]),
+    )
+    np.testing.assert_array_equal(weights, ratio)
+    assert finalize(metrics)["sampling/importance_sampling_corrected"] == 0
+
+
+def test_equal_policies_are_not_corrected():
+    logp = -jnp.linspace(0.1, 3, 6).reshape(2, 3)
+    for mode in IMPORTANCE_SAMPLING_CORRECTIONS:
+        weights, metrics = importance_sampling_correction(logp, logp, jnp.ones((2, 3), bool), mode=mode)
+        assert np.all(weights == 1)
+        assert finalize(metrics)["sampling/sampling_logp_difference/max"] == 0
+
+
+def test_long_products_stay_finite():
+    """200 tokens at ρ = e: the product e^200 counts as e^20."""
+    logp = jnp.zeros((1, 200))
+    weights, metrics = importance_sampling_correction(
+        logp, logp - 1, jnp.ones((1, 200), bool), mode="sequence_truncate", cap=float("inf")
+    )
+    np.testing.assert_allclose(weights, np.exp(20), rtol=1e-6)
+    assert finalize(metrics)["sampling/importance_sampling_ratio/max"] == pytest.approx(np.exp(20), rel=1e-6)
+
+
+def test_weights_carry_no_gradient():
+    f = lambda x: jnp.sum(importance_sampling_correction(x, x - 0.3, x < 0, mode="token_truncate")[0])  # noqa: E731
+    assert jax.grad(f)(-jnp.ones((1, 2))).tolist() == [[0, 0]]
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="'truncate'; one of none, token_truncate"):
+        correction("truncate")
+    with pytest.raises(ValueError, match=r"floor=0.0 and cap=0.5"):
+        correction("token_mask", cap=0.5)

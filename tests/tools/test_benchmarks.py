@@ -1,0 +1,271 @@
+"""The benchmark drivers, with contenders that take no time: no peer is needed and nothing is timed."""
+
+import importlib
+import json
+import pathlib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
+MODULES = ("peers", "report", "toy", "harness", "sampler", "grpo_step")
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The scripts as modules, which import one another by their bare names as scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "contenders"))
+    yield importlib.import_module("worker")
+    sys.modules.pop("worker", None)
+
+
+def contender(tools: SimpleNamespace, folder: pathlib.Path, name: str, body: str, **task: object):
+    """A contender whose script talks to the driver through the real `worker.Channel`."""
+    script = folder / f"{name}.py"
+    head = f"import sys; sys.path.insert(0, {str(BENCHMARKS / 'contenders')!r})\nimport worker\n"
+    script.write_text(head + "channel, task = worker.Channel(), worker.task()\n" + textwrap.dedent(body))
+    return tools.harness.Contender(name, sys.executable, script, task, folder / f"{name}.log")
+
+
+ECHO = """
+    print("noise on stdout", flush=True)
+    channel.send({"versions": {}, "logits": task["logits"]})
+    while (request := channel.receive()) is not None:
+        print("more noise", flush=True)
+        channel.send({"seconds": task["seconds"] * request["factor"], "tokens": 6, "parts": {"rollout": 0.5}})
+"""
+
+
+@pytest.mark.parametrize("name", ["sampler", "grpo_step"])
+def test_defaults_and_flags(tools: SimpleNamespace, name: str, tmp_path: pathlib.Path) -> None:
+    benchmark = getattr(tools, name).BENCHMARK
+    args = tools.harness.parse_args([], benchmark)
+    assert args.only == list(benchmark.scripts)
+    assert args.repetitions >= 5 and args.warmup >= 1
+    assert args.output.name == f"{name}.json" and args.tunix_python is None
+    flags = ["--only", "google-tunix", "--tunix_python", "/x/python", "--output", str(tmp_path / "o.json")]
+    args = tools.harness.parse_args(flags, benchmark)
+    assert (args.only, args.tunix_python, args.output) == (["google-tunix"], "/x/python", tmp_path / "o.json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--repetitions", "4"], "--repetitions=4: a median needs at least 5"),
+        (["--warmup", "0"], "--warmup=0"),
+        (["--only", "vllm"], "invalid choice: 'vllm'"),
+    ],
+)
+def test_bad_flags_name_the_value(
+    tools: SimpleNamespace, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tools.harness.parse_args(flags, tools.sampler.BENCHMARK)
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sampler", "grpo_step"])
+def test_every_contender_has_its_script(tools: SimpleNamespace, name: str) -> None:
+    benchmark = getattr(tools, name).BENCHMARK
+    assert set(benchmark.scripts) == {"jaxrl_llm", *(peer.name for peer in benchmark.peers)}
+    for script in benchmark.scripts.values():
+        assert (BENCHMARKS / "contenders" / script).is_file()
+    cases = set(next(benchmark.requests))
+    assert {case for case, _ in benchmark.goals} <= cases
+
+
+def test_missing_peer_says_how_to_install_it(tools: SimpleNamespace) -> None:
+    with pytest.raises(tools.peers.Missing) as missing:
+        tools.peers.find_python(tools.peers.TUNIX, "/nowhere/python", {})
+    for part in ("google-tunix is skipped", "/nowhere/python", "pip install google-tunix==0.1.7"):
+        assert part in str(missing.value)
+    assert "--tunix_python=PATH" in str(missing.value) and "JAXRL_TUNIX_PYTHON=PATH" in str(missing.value)
+
+
+def test_interpreter_without_the_peer_is_missing_too(tools: SimpleNamespace) -> None:
+    peer = tools.peers.Peer("ghost", "ghost_python", "GHOST", ".venv-ghost", {"no-such-distribution": "1"})
+    with pytest.raises(tools.peers.Missing, match="has no no-such-distribution"):
+        tools.peers.find_python(peer, sys.executable, {})
+
+
+def test_flag_wins_over_variable_wins_over_folder(
+    tools: SimpleNamespace, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def python(path: pathlib.Path) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\nexit 0\n")
+        path.chmod(0o755)
+        return str(path)
+
+    find, peer = tools.peers.find_python, tools.peers.TUNIX
+    monkeypatch.setattr(tools.peers, "PROJECT", tmp_path)
+    with pytest.raises(tools.peers.Missing, match=re.escape(str(tmp_path / ".venv-tunix"))):
+        find(peer, None, {})
+    folder = python(tmp_path / ".venv-tunix" / "bin" / "python")
+    variable, flag = python(tmp_path / "variable"), python(tmp_path / "flag")
+    assert find(peer, None, {}) == folder
+    assert find(peer, None, {"JAXRL_TUNIX_PYTHON": variable}) == variable
+    assert find(peer, flag, {"JAXRL_TUNIX_PYTHON": variable}) == flag
+    with pytest.raises(tools.peers.Missing, match="/nowhere"):  # what was asked for, and no other
+        find(peer, "/nowhere", {"JAXRL_TUNIX_PYTHON": variable})
+
+
+def test_other_versions_are_noted(tools: SimpleNamespace) -> None:
+    differences = tools.peers.TORCH.differences
+    assert differences({"transformers": "5.23.0", "torch": "2.13.0+cpu"}) == []
+    assert differences({"transformers": "5.24.0", "torch": "2.13.0"}) == [
+        "note: transformers is 5.24.0 here, and the goals are about 5.23.0"
+    ]
+
+
+def test_nothing_installed_is_said_and_nothing_written(
+    tools: SimpleNamespace, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "--only",
+        "google-tunix",
+        "--tunix_python",
+        "/nowhere",
+        "--output",
+        str(tmp_path / "a" / "b.json"),
+    ]
+    with pytest.raises(SystemExit, match="nothing to measure"):
+        tools.harness.run(flags, tools.grpo_step.BENCHMARK)
+    assert "google-tunix is skipped" in capsys.readouterr().out
+    assert not (tmp_path / "a").exists()
+
+
+def test_speedup_is_the_ratio_of_medians_with_the_range_of_rounds(tools: SimpleNamespace) -> None:
+    row = tools.report.Row
+    rows = [row("c", "jaxrl_llm", [1.0, 2.0, 4.0], 100), row("c", "peer", [5.0, 8.0, 6.0], 100)]
+    assert tools.report.speedups(rows) == {("c", "peer"): (3.0, 1.5, 5.0)}
+    assert tools.report.speedups(rows[1:]) == {}
+
+
+def test_table(tools: SimpleNamespace) -> None:
+    row = tools.report.Row
+    rows = [
+        row("cold", "jaxrl_llm", [0.5, 0.4, 0.6], 2048, {"rollout": [0.1, 0.2, 0.3]}),
+        row("cold", "peer", [1.5, 1.4, 1.6], 2048),
+        row("warm", "jaxrl_llm", [1.0], 10),
+        row("warm", "peer", [1.9], 10),
+        row("warm", "other", [1.9], 10),
+    ]
+    table = tools.report.table(rows, {("cold", "peer"): 2.0, ("warm", "peer"): 2.0})
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(rows)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2] == ["cold", "jaxrl_llm", "0.500 (0.400–0.600)", "4,096", "rollout 0.200", "", ""]
+    assert cells[3] == [
+        "cold",
+        "peer",
+        "1.500 (1.400–1.600)",
+        "1,365",
+        "",
+        "3.00× (2.67–3.50)",
+        "2×: reached",
+    ]
+    assert cells[5][5:] == ["1.90× (1.90–1.90)", "2×: missed"]
+    assert cells[6][5:] == ["1.90× (1.90–1.90)", ""]
+
+
+def test_turns_alternate_and_warmup_is_not_counted(
+    tools: SimpleNamespace, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = contender(tools, tmp_path, "jaxrl_llm", ECHO, seconds=1.0, logits=[0.0, 1.0])
+    peer = contender(tools, tmp_path, "peer", ECHO, seconds=3.0, logits=[0.0, 1.0 + 1e-5])
+    try:
+        tools.harness.check_same_model([ours, peer])
+        rounds = iter([{"case": {"factor": factor}} for factor in (100, 1, 2, 3)])
+        rows = tools.harness.measure([ours, peer], rounds, warmup=1, repetitions=3)
+    finally:
+        ours.close()
+        peer.close()
+    assert [(row.contender, row.seconds, row.tokens) for row in rows] == [
+        ("jaxrl_llm", [1.0, 2.0, 3.0], 6),
+        ("peer", [3.0, 6.0, 9.0], 6),
+    ]
+    assert rows[0].parts == {"rollout": [0.5, 0.5, 0.5]}
+    assert tools.report.speedups(rows) == {("case", "peer"): (3.0, 3.0, 3.0)}
+    turns = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("round")]
+    assert turns == ["jaxrl_llm", "peer", "peer", "jaxrl_llm", "jaxrl_llm", "peer"]
+    assert "more noise" in (tmp_path / "peer.log").read_text()
+    record = tools.report.record(rows, {"peer": {"x": "1"}}, {"new_tokens": 3}, 0.1)
+    assert json.loads(json.dumps(record))["rows"][1]["median"] == 6.0
+
+
+def test_different_models_are_refused(tools: SimpleNamespace) -> None:
+    def sent(name: str, *logits: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, about={"logits": logits})
+
+    with pytest.raises(RuntimeError, match=r"a and b run different models: logits 0\.5 apart"):
+        tools.harness.check_same_model([sent("a", 0.0, 1.0), sent("b", 0.0, 1.5)])
+    with pytest.raises(RuntimeError, match="different models"):
+        tools.harness.check_same_model([sent("a", 0.0), sent("b", float("nan"))])
+
+
+def test_a_contender_that_dies_shows_its_last_words(tools: SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 3.*out of luck"):
+        contender(tools, tmp_path, "early", 'print("out of luck"); sys.exit(3)')
+    dying = 'channel.send({}); channel.receive(); raise KeyError("later")'
+    late = contender(tools, tmp_path, "late", dying)
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 1.*KeyError: 'later'"):
+        late.ask({})
+    late.close()
+
+
+def test_different_numbers_of_tokens_are_refused(tools: SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    body = """
+        channel.send({})
+        while (request := channel.receive()) is not None:
+            channel.send({"seconds": 1.0, "tokens": request["tokens"]})
+    """
+    short = contender(tools, tmp_path, "short", body)
+    rounds = iter([{"case": {"tokens": tokens}} for tokens in (7, 8, 7)])
+    with pytest.raises(RuntimeError, match=r"short wrote different numbers of tokens.*\[7, 8\]"):
+        tools.harness.measure([short], rounds, warmup=1, repetitions=2)
+    short.close()
+
+
+def test_model_folder(tools: SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    config = {**tools.toy.QWEN3, "num_hidden_layers": 2, "vocab_size": 64}
+    for name in ("a", "b"):
+        tools.toy.write_model(tmp_path / name, config)
+    tensors, again = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert len(tensors) == 2 + 2 * 11
+    assert all(tensor.dtype == np.float32 for tensor in tensors.values())
+    assert tensors["model.layers.1.self_attn.k_proj.weight"].shape == (4 * 32, 256)
+    assert tensors["model.layers.0.mlp.down_proj.weight"].shape == (256, 768)
+    assert all(np.array_equal(tensor, again[name]) for name, tensor in tensors.items())
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["vocab_size"] == 64
+
+
+def test_requests_have_new_prompts_each_round(tools: SimpleNamespace) -> None:
+    rounds = tools.sampler.requests()
+    first, second = next(rounds), next(rounds)
+    prompts = np.array(first["top-p 0.95"]["prompts"])
+    assert prompts.shape == (16, 64) and prompts.min() >= 0 and prompts.max() < 4096
+    assert first["temperature 1"]["prompts"] == first["top-p 0.95"]["prompts"]
+    assert first["temperature 1"]["prompts"] != second["temperature 1"]["prompts"]
+    assert first["temperature 1"]["seed"] != second["temperature 1"]["seed"]
+
+
+def test_worker_tokenizer_and_reward(worker: ModuleType) -> None:
+    numbers = worker.Numbers(4096)
+    assert numbers.decode([17, 3, 250]) == "17 3 250" and numbers.encode("17 3 250") == [17, 3, 250]
+    assert numbers.eos_id() == 4096 and numbers.pad_id() == 4096  # never sampled
+    assert worker.even_share([], [], [[2, 4, 5, 7], [1], [8, 8]]) == [0.5, 0.0, 1.0]

@@ -1,0 +1,234 @@
+"""Contenders take turns on one machine, and a table comes out.
+
+Every contender is a process of its own, run by its own interpreter, loaded and compiled before the clock
+starts. They take turns, one repetition each and one at a time, so that whatever the machine is doing
+meanwhile hits all of them alike; only the ratios within one run mean anything.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import peers
+import report
+import toy
+from peers import PROJECT, Peer
+from report import OURS, Row
+
+HERE = pathlib.Path(__file__).resolve().parent
+BUSY = 0.5
+"""Load average above which the ratios are not to be trusted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What is measured.
+
+    Attributes:
+      name: of the JSON and the logs.
+      description: for --help.
+      peers: other libraries to run beside ours.
+      scripts: contender -> its file in `contenders/`.
+      task: what every contender is told, see `contenders/worker.py`.
+      requests: an endless supply of rounds, each case -> request.
+      goals: (case, peer) -> how many times faster ours is meant to be.
+    """
+
+    name: str
+    description: str
+    peers: Sequence[Peer]
+    scripts: Mapping[str, str]
+    task: Mapping[str, Any]
+    requests: Iterator[Mapping[str, Mapping[str, Any]]]
+    goals: Mapping[tuple[str, str], float]
+
+
+def parse_args(argv: Sequence[str], benchmark: Benchmark) -> argparse.Namespace:
+    """Which contenders, how often, where to; one flag per peer for its interpreter."""
+    parser = argparse.ArgumentParser(
+        description=benchmark.description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    names = list(benchmark.scripts)
+    output = PROJECT / "runs" / "benchmarks" / f"{benchmark.name}.json"
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="contenders (default: all)")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=output,
+        help=f"every timing as JSON, the logs beside it (default: {output.relative_to(PROJECT)})",
+    )
+    for peer in benchmark.peers:
+        parser.add_argument(f"--{peer.flag}", metavar="PATH", help=f"python that has {peer.wanted()}")
+    args = parser.parse_args(argv)
+    if args.repetitions < 5:
+        parser.error(f"--repetitions={args.repetitions}: a median needs at least 5")
+    if args.warmup < 1:
+        parser.error(f"--warmup={args.warmup}: the first round compiles, so at least 1")
+    return args
+
+
+class Contender:
+    """The driver's end of a contender's process.
+
+    Attributes:
+      name: as in the table.
+      about: what it sent first, {"versions": …, "logits": …}.
+    """
+
+    def __init__(
+        self, name: str, python: str, script: pathlib.Path, task: Mapping[str, Any], log: pathlib.Path
+    ) -> None:
+        self.name, self._log, self._log_file = name, log, log.open("w")
+        paths = [str(PROJECT), str(PROJECT / "kernels")] if name == OURS else []
+        self._process = subprocess.Popen(
+            [python, str(script), json.dumps(dict(task))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log_file,
+            text=True,
+            env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        try:
+            self.about = self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One repetition: {"seconds": …, "tokens": …} and possibly {"parts": {stage: seconds}}."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a dead process is reported by `_receive`
+            self._process.stdin.write(json.dumps(dict(request)) + "\n")
+            self._process.stdin.flush()
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"{self.name} ended with exit code {code}; the end of {self._log}:\n{tail}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process, which sees the end of its input and so can end its own children."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log_file.close()
+
+
+def check_same_model(contenders: Sequence[Contender], tolerance: float = 1e-3) -> None:
+    """Every contender computes the same logits from the same weights.
+
+    Raises:
+      RuntimeError: two of them differ by more than `tolerance`.
+    """
+    first, *others = contenders
+    for other in others:
+        apart = np.max(np.abs(np.subtract(first.about["logits"], other.about["logits"])))
+        if not apart <= tolerance:
+            raise RuntimeError(
+                f"{first.name} and {other.name} run different models: logits {apart:.3g} apart"
+            )
+
+
+def measure(
+    contenders: Sequence[Contender],
+    requests: Iterator[Mapping[str, Mapping[str, Any]]],
+    warmup: int,
+    repetitions: int,
+) -> list[Row]:
+    """Lets the contenders take turns, every other round in the opposite order.
+
+    Args:
+      contenders: loaded ones.
+      requests: rounds, each case -> request.
+      warmup: rounds that are not counted.  repetitions: rounds that are.
+
+    Raises:
+      RuntimeError: a contender died, or its rounds differ in the number of tokens.
+    """
+    replies: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for index in range(warmup + repetitions):
+        timed = index >= warmup
+        label = f"round {index - warmup + 1}/{repetitions}" if timed else f"warm-up {index + 1}/{warmup}"
+        cases = next(requests)
+        for case, request in cases.items():
+            for contender in contenders if index % 2 else contenders[::-1]:
+                reply = contender.ask(request)
+                print(f"{label:<13} {case:<14} {contender.name:<13} {reply['seconds']:8.3f} s", flush=True)
+                if timed:
+                    replies.setdefault((case, contender.name), []).append(reply)
+    rows = []
+    for case, name in ((case, contender.name) for case in cases for contender in contenders):
+        those = replies[case, name]
+        tokens = {reply["tokens"] for reply in those}
+        if len(tokens) != 1:
+            raise RuntimeError(
+                f"{name} wrote different numbers of tokens in different rounds: {sorted(tokens)}"
+            )
+        parts = {stage: [r["parts"][stage] for r in those] for stage in those[0].get("parts", {})}
+        rows.append(Row(case, name, [reply["seconds"] for reply in those], tokens.pop(), parts))
+    return rows
+
+
+def run(argv: Sequence[str], benchmark: Benchmark) -> list[Row]:
+    """A benchmark from the command line to its table and JSON. Peers that are not installed are skipped."""
+    args = parse_args(argv, benchmark)
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"note: the machine is busy (load {load:.1f}); take no ratio from this run for granted")
+    pythons = {OURS: sys.executable} if OURS in args.only else {}
+    for peer in benchmark.peers:
+        if peer.name in args.only:
+            try:
+                pythons[peer.name] = peers.find_python(peer, getattr(args, peer.flag))
+            except peers.Missing as missing:
+                print(missing)
+    if not pythons:
+        raise SystemExit("nothing to measure: no contender that was asked for is installed")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        toy.write_model(folder)
+        prompts = toy.random_prompts(0, 1, benchmark.task["prompt_length"])
+        task = {**benchmark.task, "model": str(folder), "config": toy.QWEN3, "prompts": prompts}
+        contenders = []
+        for name, python in pythons.items():
+            script, log = (
+                HERE / "contenders" / benchmark.scripts[name],
+                args.output.with_suffix(f".{name}.log"),
+            )
+            contender = Contender(name, python, script, task, log)
+            stack.callback(contender.close)
+            contenders.append(contender)
+            print(f"{name}: {contender.about['versions']}", flush=True)
+        check_same_model(contenders)
+        rows = measure(contenders, benchmark.requests, args.warmup, args.repetitions)
+    versions = {contender.name: contender.about["versions"] for contender in contenders}
+    print("\n" + report.table(rows, benchmark.goals))
+    for peer in benchmark.peers:
+        for note in peer.differences(versions.get(peer.name, peer.requirements)):
+            print(note)
+    args.output.write_text(json.dumps(report.record(rows, versions, benchmark.task, load), indent=2))
+    print(f"every timing: {args.output}")
+    return rows
