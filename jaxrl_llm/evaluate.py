@@ -1,4 +1,4 @@
-"""Evaluates a policy on the held-out problems of a config.
+r"""Evaluates a policy on the held-out problems of a config.
 
     python -m jaxrl_llm.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
     python -m jaxrl_llm.evaluate --config=configs/grpo.py:path/to/model --config.eval.num_generations=8
@@ -8,21 +8,19 @@ start from. Prints accuracy with its 95% interval and, for several samples a pro
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags as absl_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an argument after a colon where it takes one.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; none = the config's own model.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; none = the newest.")
-_OUT = flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
+from jaxrl_llm import flags
+
+absl_flags.adopt_module_key_flags(flags)
+
+_STEP = absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; none = the newest.")
+_OUT = absl_flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from jaxrl_llm.rewards.pool import RewardPool
     from jaxrl_llm.sampling.autoregressive import prepare
     from jaxrl_llm.training import job as jobs
@@ -30,16 +28,13 @@ def main(argv: list[str]) -> None:
     from jaxrl_llm.training.evaluation import evaluate
     from jaxrl_llm.training.progress import progress, summary
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
-        job = jobs.build(_CONFIG.value)
+        job = jobs.build(flags.config())
         if not job.eval_prompts:
             raise ValueError("the config has no held-out problems: set eval.data.kind")
-        workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-        params, step = jobs.policy_params(job, workdir, _STEP.value)
+        params, step = jobs.policy_params(job, flags.workdir(), _STEP.value)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        flags.fail(error)
     c = job.config
     with (
         RewardPool(
@@ -71,5 +66,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    flags.run(main, required=("config",))

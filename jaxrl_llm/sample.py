@@ -1,4 +1,4 @@
-"""Samples from a policy: prompts from --prompt, or one a line from standard input.
+r"""Samples from a policy: prompts from --prompt, or one a line from standard input.
 
     python -m jaxrl_llm.sample --config=configs/quickstart.py --workdir=runs/quickstart \
         --prompt="Calculate 12 + 7."
@@ -9,21 +9,19 @@ Sampling parameters are the config's, under rollout.
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags as absl_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an argument after a colon where it takes one.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; none = the config's own model.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; none = the newest.")
-_PROMPT = flags.DEFINE_multi_string(
+from jaxrl_llm import flags
+
+absl_flags.adopt_module_key_flags(flags)
+
+_STEP = absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; none = the newest.")
+_PROMPT = absl_flags.DEFINE_multi_string(
     "prompt", [], "A prompt; may be repeated. None = lines of standard input."
 )
-_CHAT = flags.DEFINE_bool("chat", False, "Wrap each prompt as a user's message in the chat template.")
-_COUNT = flags.DEFINE_integer("count", 1, "Completions per prompt.", lower_bound=1)
+_CHAT = absl_flags.DEFINE_bool("chat", False, "Wrap each prompt as a user's message in the chat template.")
+_COUNT = absl_flags.DEFINE_integer("count", 1, "Completions per prompt.", lower_bound=1)
 
 
 def asked() -> Iterator[str]:
@@ -41,7 +39,7 @@ def asked() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     import dataclasses
 
     from jaxrl_llm.data.prompts import encode_prompts
@@ -50,14 +48,11 @@ def main(argv: list[str]) -> None:
     from jaxrl_llm.training import job as jobs
     from jaxrl_llm.training.checkpoints import CheckpointError
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
-        job = jobs.build(_CONFIG.value)
-        workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-        params, _ = jobs.policy_params(job, workdir, _STEP.value)
+        job = jobs.build(flags.config())
+        params, _ = jobs.policy_params(job, flags.workdir(), _STEP.value)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        flags.fail(error)
     prepared = prepare(params, job.cfg, job.dtype)
     settings = dataclasses.replace(job.settings(), num_generations=_COUNT.value)
     uid = 0
@@ -77,5 +72,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    flags.run(main, required=("config",))

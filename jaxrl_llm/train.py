@@ -1,4 +1,4 @@
-"""Trains a policy as a config file describes.
+r"""Trains a policy as a config file describes.
 
     python -m jaxrl_llm.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m jaxrl_llm.train --config=configs/grpo.py:path/to/model --workdir=runs/mine \
@@ -7,42 +7,33 @@
 Every key of the config can be set on the command line. The same command resumes an interrupted run.
 """
 
-import os
-import sys
 import time
-from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags as absl_flags
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax: its compiler logs what users cannot act on
+from jaxrl_llm import flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an argument after a colon where it takes one.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, plots and the export.")
+absl_flags.adopt_module_key_flags(flags)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from jaxrl_llm.training import job as jobs
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.checkpoints import CheckpointError, ConfigMismatch
     from jaxrl_llm.training.groups import DegenerateBatch
     from jaxrl_llm.training.progress import summary
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    workdir = Path(_WORKDIR.value or ".").expanduser()
-    started = time.time()
+    started, workdir = time.time(), flags.workdir()
+    assert workdir is not None
     try:
-        job = jobs.build(_CONFIG.value)
+        job = jobs.build(flags.config())
     except (ValueError, FileNotFoundError) as error:  # mistakes in what the user named, all found by now
-        sys.exit(f"{type(error).__name__}: {error}")
+        flags.fail(error)
     summary(jobs.describe(job), title=str(workdir))
     try:
         loop.run(job, workdir)
     except (CheckpointError, ConfigMismatch, DegenerateBatch, loop.NonFinite) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        flags.fail(error)
     except loop.Stopped as stopped:
         print(stopped)
         return
@@ -50,5 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flags.run(main, required=("config", "workdir"))

@@ -37,9 +37,9 @@ def group_advantage(
     infinite reward are left out of every statistic and get 0.
 
     Example:
-      >>> rewards, group = jnp.array([1.0, 5.0, 3.0, 5.0]), jnp.array([7, -2, 7, -2])
-      >>> group_advantage(rewards, group, scale="none")[0].tolist()  # group 7: 1 and 3; group −2: 5 and 5
-      [-1.0, 0.0, 1.0, 0.0]
+      >>> rewards, group = jnp.array([1.0, 5.0, 3.0]), jnp.array([7, -2, 7])
+      >>> group_advantage(rewards, group, scale="none")[0].tolist()  # group 7: 1 and 3; group −2: one row
+      [-1.0, 0.0, 1.0]
 
     Args:
       rewards: f[N] total reward of every row; constants.
@@ -77,7 +77,7 @@ def group_advantage(
     moments = segment_moments(rewards, ids, counts, ddof=ddof)
     advantages = moments.deviation
     if baseline == "leave_one_out":  # r_i − (S − r_i)/(n−1) = (r_i − S/n)·n/(n−1)
-        advantages *= (moments.count / jnp.maximum(moments.count - 1, 1))[ids]
+        advantages *= (moments.rows / jnp.maximum(moments.rows - 1, 1))[ids]
     if scale == "group":
         advantages /= moments.std[ids] + epsilon
     elif scale == "batch":
@@ -87,8 +87,8 @@ def group_advantage(
     advantages = jnp.where(counts & ~is_equal[ids], advantages, 0)
     return advantages, {
         "reward": masked_sum(rewards, counts),
-        "reward_std": masked_sum(moments.std, moments.count > 0),
-        "frac_reward_zero_std": masked_sum(is_equal, moments.count > 0),
+        "reward_std": masked_sum(moments.std, moments.rows > 0),
+        "frac_reward_zero_std": masked_sum(is_equal, moments.rows > 0),
         "nonfinite_rewards": masked_sum(~is_finite, valid),
     }
 

@@ -36,13 +36,13 @@ class Moments(NamedTuple):
         that do not count.
       std: f[N] standard deviation of every id; 0 with fewer than ddof + 1 rows.
       spread: f[N] largest minus smallest value of every id; 0 without rows.
-      count: f[N] rows of every id.
+      rows: f[N] number of rows of every id.
     """
 
     deviation: Array
     std: Array
     spread: Array
-    count: Array
+    rows: Array
 
 
 def segment_moments(x: Array, ids: Array, where: Array, *, ddof: int = 1) -> Moments:
@@ -54,13 +54,13 @@ def segment_moments(x: Array, ids: Array, where: Array, *, ddof: int = 1) -> Mom
       where: bool[N] rows that count.
       ddof: 1 for the sample standard deviation, 0 for the population's.
     """
-    count = segment_sum(jnp.ones_like(x), ids, where)
+    rows = segment_sum(jnp.ones_like(x), ids, where)
     # Differences from the smallest are small where a float32 sum of large values has already lost them.
     low = -segment_max(-x, ids, where)
     deviation = jnp.where(where, x - low[ids], 0)
     spread = jnp.maximum(segment_max(deviation, ids, where), 0)
     for _ in range(2):  # the second time removes what rounding left of the mean
-        mean = segment_sum(deviation, ids, where) / jnp.maximum(count, 1)
+        mean = segment_sum(deviation, ids, where) / jnp.maximum(rows, 1)
         deviation = jnp.where(where, deviation - mean[ids], 0)
-    variance = segment_sum(deviation**2, ids, where) / jnp.maximum(count - ddof, 1)
-    return Moments(deviation, jnp.sqrt(variance), spread, count)
+    variance = segment_sum(deviation**2, ids, where) / jnp.maximum(rows - ddof, 1)
+    return Moments(deviation, jnp.sqrt(variance), spread, rows)

@@ -114,10 +114,11 @@ def kl_k3_corrected(logp: Array, ref_logp: Array, mask: Array, *, old_logp: Arra
     ℓ = r·k3 with r = π/π_old; exact as long as neither log-ratio meets the clamp at ±20
 
     Example:
-      >>> logp, ref_logp, old_logp = jnp.log(jnp.array([[[0.2]], [[0.4]], [[0.1]]]))
-      >>> loss, _ = kl_k3_corrected(logp, ref_logp, jnp.ones((1, 1), bool), old_logp=old_logp)
-      >>> round(float(loss[0, 0]), 4)  # 2 · 0.3069
-      0.6137
+      >>> logp, ref_logp = jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.5, 0.4]]))
+      >>> old_logp = jnp.log(jnp.array([[0.5, 0.1]]))
+      >>> loss, _ = kl_k3_corrected(logp, ref_logp, jnp.ones((1, 2), bool), old_logp=old_logp)
+      >>> [round(k, 4) for k in loss[0].tolist()]  # r = 2 at the second token: 2 · 0.3069
+      [0.0, 0.6137]
 
     Args:
       logp, ref_logp, mask: as `kl_k1`.

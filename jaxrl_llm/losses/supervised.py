@@ -10,10 +10,9 @@ def negative_log_likelihood(logp: Array, mask: Array) -> tuple[Array, Metrics]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> logp, mask = jnp.array([[-1.0, -3.0, 0.0]]), jnp.array([[True, True, False]])
-      >>> loss, metrics = negative_log_likelihood(logp, mask)
+      >>> loss, metrics = negative_log_likelihood(jnp.array([[-1.0, -3.0]]), jnp.ones((1, 2), bool))
       >>> loss.tolist(), float(metrics["nll"].sum / metrics["nll"].weight)
-      ([[1.0, 3.0, -0.0]], 2.0)
+      ([[1.0, 3.0]], 2.0)
 
     Args:
       logp: f[N, T] log-probs (nats) of the tokens.

@@ -84,10 +84,10 @@ def ppo_clip(
     advantage and aggregation (table at the top of the module).
 
     Example:
-      >>> r, advantages = jnp.array([[0.5, 1.1, 2.0]]), jnp.array([[1.0]])
-      >>> loss, metrics = ppo_clip(jnp.log(r), jnp.zeros((1, 3)), advantages, jnp.ones((1, 3), bool))
+      >>> r, advantages = jnp.array([[0.5, 2.0]]), jnp.array([[1.0]])
+      >>> loss, metrics = ppo_clip(jnp.log(r), jnp.zeros((1, 2)), advantages, jnp.ones((1, 2), bool))
       >>> [round(x, 3) for x in loss[0].tolist()]
-      [-0.5, -1.1, -1.2]
+      [-0.5, -1.2]
       >>> float(metrics["clip_ratio/high_mean"].sum), float(metrics["clip_ratio/low_mean"].sum)
       (1.0, 0.0)
 

@@ -1,12 +1,22 @@
-"""Attention over explicit masks. The kernels are JAX's own."""
+"""Attention over explicit masks, and causal self-attention of whole rows. The kernels are JAX's own."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from jaxrl_llm.parallel.sharding import ShardingRules
 
 Array = jax.Array
 
+LANES = 128
+"""Rows are padded to a multiple of this for the TPU kernel."""
 
-def causal_mask(positions: Array, segment_ids: Array | None = None, window: int | None = None) -> Array:
+
+def causal_mask(
+    positions: Array, segment_ids: Array | None = None, window: Array | int | None = None
+) -> Array:
     """Which keys each query sees in a row of tokens.
 
     Args:
@@ -45,3 +55,114 @@ def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softca
     weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30), axis=-1).astype(v.dtype)
     out = jnp.einsum("nkgts,nskh->ntkgh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def causal_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    segment_ids: Array | None,
+    local: Array | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    rules: ShardingRules | None,
+) -> Array:
+    """Causal self-attention of rows, with a window where the layer is local.
+
+    On TPU this is JAX's splash-attention kernel, which never forms the T×T scores; elsewhere `attention`
+    over a dense mask. The choice is made at lowering: a program compiled for a TPU gets the kernel wherever
+    it is compiled. (Each branch leaves zeros for what the other one keeps for its gradient; XLA drops them.)
+
+    Args:
+      q: f[N, T, H, h];  k, v: f[N, T, K, h] with K dividing H.
+      positions: i32[N, T], counting up by one within each sequence.
+      segment_ids: i32[N, T] which packed sequence (contiguous) a token belongs to; None = one per row.
+      local: bool[], whether `window` applies to this layer; None = it does if there is one.
+      window: a token sees itself and window-1 tokens before it; None = all before it.
+      scale, softcap: as `attention`.
+      rules: how activations lie on the mesh in context; None = on one device.
+
+    Returns:
+      f[N, T, H, h] in q's dtype.
+    """
+
+    def dense(
+        q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
+    ) -> Array:
+        width = window if local is None or window is None else jnp.where(local, window, q.shape[1])
+        return attention(q, k, v, causal_mask(positions, segments, width), scale=scale, softcap=softcap)
+
+    def tpu(
+        q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
+    ) -> Array:
+        run = partial(splash_rows, window=window, scale=scale, softcap=softcap)
+        if rules is None:
+            return run(q, k, v, segments, local)
+        heads, kv_heads = (rules.spec(("batch", None, name, None)) for name in ("heads", "kv_heads"))
+        if kv_heads != heads:  # fewer key-value heads than pieces: every query head brings its own
+            k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        rows = rules.spec(("batch", None))
+        specs = (heads, heads, heads, rows, jax.P())
+        return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments, local)
+
+    return jax.lax.platform_dependent(q, k, v, positions, segment_ids, local, tpu=tpu, default=dense)
+
+
+def splash_rows(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    local: Array | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Array:
+    """`causal_attention` of the rows and heads of one TPU. Arguments and result are the same.
+
+    Args:
+      interpret: emulate the kernel, to test it on other devices.
+    """
+    _, length, heads, _ = q.shape
+    padding = -length % LANES  # after the last token, so causality hides it
+    size = length + padding
+    block = next(b for b in (512, 256, 128) if size % b == 0)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+    def by_head(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    segments = None
+    if segment_ids is not None:
+        padded = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+        segments = splash.SegmentIds(padded, padded)
+
+    def run(window: int | None, q: Array, k: Array, v: Array) -> Array:
+        shape = (size, size)
+        one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([one] * heads),
+            block_sizes=blocks,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    args = by_head(q * scale), by_head(k), by_head(v)
+    if window is None or local is None:
+        out = run(window, *args)
+    else:
+        out = jax.lax.cond(local, partial(run, window), partial(run, None), *args)
+    return out.transpose(0, 2, 1, 3)[:, :length]

@@ -6,13 +6,14 @@ cache; both run the same layer.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models import rope as rotary
-from jaxrl_llm.models.attention import attention, causal_mask
+from jaxrl_llm.models.attention import causal_attention
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import ParamSpec, Tree, map_specs
 from jaxrl_llm.parallel.sharding import ShardingRules, constrain
@@ -216,21 +217,24 @@ def forward(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = constrain(embed(params, tokens, cfg, dtype, rules), ("batch", "length", None), rules)
     ropes = rope_tables(cfg, positions)
-    masks = {
-        kind: causal_mask(positions, segment_ids, cfg.window if kind == "local" else None) for kind in ropes
-    }
-    scale = score_scale(cfg)
+    mixed = len(ropes) > 1
+    attend_row = partial(
+        causal_attention,
+        window=cfg.window if "local" in ropes else None,
+        scale=score_scale(cfg),
+        softcap=cfg.attention_softcap,
+        rules=rules,
+    )
 
     def step(x: Array, scanned: tuple[Tree, Array]) -> tuple[Array, None]:
         layer, local = scanned
-        if len(ropes) == 1:
-            (rope,), (mask,) = ropes.values(), masks.values()
-        else:
+        if mixed:
             rope = jax.tree.map(lambda a, b: jnp.where(local, a, b), ropes["local"], ropes["global"])
-            mask = jnp.where(local, masks["local"], masks["global"])
+        else:
+            (rope,) = ropes.values()
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(q, k, v, mask, scale=scale, softcap=cfg.attention_softcap)
+            return attend_row(q, k, v, positions, segment_ids, local if mixed else None)
 
         x = block(layer, x, cfg, rope, attend)
         return constrain(x, ("batch", "length", None), rules), None

@@ -252,7 +252,9 @@ def check(c: ConfigDict) -> None:
     if c.num_steps and not c.data.train.kind:
         errors.append("data.train.kind is empty: one of reasoning_gym, jsonl, parquet, tfds")
     rows = c.rollout.prompts_per_step * c.rollout.num_generations
-    if rows % c.train.num_minibatches:
+    if rows < 1 or c.train.num_minibatches < 1 or c.train.micro_batch_rows < 0:
+        pass  # said above
+    elif rows % c.train.num_minibatches:
         errors.append(f"train.num_minibatches={c.train.num_minibatches} does not divide {rows} completions")
     else:
         micro = c.train.micro_batch_rows or rows // c.train.num_minibatches

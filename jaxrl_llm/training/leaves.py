@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -54,7 +55,7 @@ def physical(leaf: Leaf) -> jax.ShapeDtypeStruct | np.ndarray:
 def loaded(array: jax.Array | np.ndarray, leaf: Leaf) -> Leaf:
     """The array read from the disk, as the kind of thing that `leaf` is."""
     if _is_key(leaf):
-        return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=_key_impl(leaf))
     if isinstance(leaf, bool | int | float):
         return type(leaf)(array.item())
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and isinstance(array, np.ndarray):

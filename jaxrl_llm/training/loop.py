@@ -255,8 +255,8 @@ def run(job: Job, workdir: Path) -> None:
                 save(wait=True)
                 raise NonFinite(
                     f"{int(state.nonfinite)} updates in a row were not finite (NaN or infinite loss or "
-                    f"gradient); stopped at step {step}. The last good state is saved in {checkpoints.directory}; lower "
-                    "the learning rate, or look at the rewards and completions of the last steps"
+                    f"gradient); stopped at step {step}. The last good state is in {checkpoints.directory}; "
+                    "lower the learning rate, or look at the rewards and completions of the last steps"
                 )
             if step % c.log.every == 0 or step in (rl_begins, end) or "eval/accuracy" in numbers:
                 writer.write_scalars(step, numbers | timings | {"skipped_updates": float(state.skipped)})
@@ -334,8 +334,10 @@ def run(job: Job, workdir: Path) -> None:
                     numbers |= throughput(scored, batch, timings)
                     numbers["num_tokens"] = float(host.num_tokens)
                     numbers["policy_version_lag"] = (int(state.version) - version - 1) / 2
-                    if c.log.completions_every and host.step % c.log.completions_every == 0:
-                        save_completions(workdir, host.step, scored, advantages)
+                    done = host.step - rl_begins
+                    every = c.log.completions_every
+                    if every and (done % every == 0 or host.step + 1 == end):
+                        save_completions(workdir, host.step + 1, scored, advantages)
                     finish_step(numbers)
                     tick(host.step - rl_begins, {k: numbers[k] for k in SHOWN if k in numbers})
 

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from jaxrl_llm.training.writers import read_metrics
@@ -94,21 +93,30 @@ def plot_runs(runs: Mapping[str, Metrics], out: str | os.PathLike[str]) -> list[
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [p for p in PICTURES if any(p.metric in metrics for metrics in runs.values())]
-    paths = []
-    for picture in pictures:
-        figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained", facecolor="white")
-        draw(figure.add_subplot(), picture, runs)
-        paths.append(folder / f"{picture.name}.png")
-        figure.savefig(paths[-1])
-    columns = 1 if len(pictures) == 1 else 2
+    paths = [folder / f"{picture.name}.png" for picture in pictures] + [folder / "overview.png"]
+    for picture, path in zip(pictures, paths):
+        _sheet([picture], runs).savefig(path)
+    _sheet(pictures, runs).savefig(paths[-1])
+    return paths
+
+
+def _sheet(pictures: Sequence[Picture], runs: Mapping[str, Metrics]) -> Figure:
+    """One or two columns of axes. Fixed margins: a layout by what is drawn takes as long as drawing it."""
+    columns = min(2, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(5.6 * columns, 3.3 * rows), dpi=130, layout=layout, facecolor="white")
+    width, height = 6.0 * columns, 3.5 * rows  # inches
+    figure = Figure(figsize=(width, height), dpi=140, facecolor="white")
+    figure.subplots_adjust(
+        left=0.8 / width,
+        right=1 - 0.15 / width,
+        bottom=0.55 / height,
+        top=1 - 0.4 / height,
+        wspace=0.95 / 5.05,  # in units of an axes' width
+        hspace=0.95 / 2.55,
+    )
     for i, picture in enumerate(pictures):
         draw(figure.add_subplot(rows, columns, i + 1), picture, runs)
-    paths.append(folder / "overview.png")
-    figure.savefig(paths[-1])
-    return paths
+    return figure
 
 
 def draw(ax: Axes, picture: Picture, runs: Mapping[str, Metrics]) -> None:
@@ -141,7 +149,7 @@ def draw(ax: Axes, picture: Picture, runs: Mapping[str, Metrics]) -> None:
     for side in ("left", "bottom"):
         ax.spines[side].set_color(GRID)
     if len(runs) > 1:
-        ax.legend(fontsize=8, frameon=False, labelcolor=INK)
+        ax.legend(fontsize=8, labelcolor=INK, facecolor="white", edgecolor="none", framealpha=0.8)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray | None:

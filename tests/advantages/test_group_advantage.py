@@ -15,13 +15,16 @@ from jaxrl_llm.losses import finalize
 
 
 @cache
-def jitted(scale="group", baseline="mean", epsilon=1e-6, ddof=1):
-    return jax.jit(lambda *a: group_advantage(*a, scale=scale, baseline=baseline, epsilon=epsilon, ddof=ddof))
+def jitted(scale="group", baseline="mean"):
+    def f(rewards, group, valid, epsilon=1e-6):
+        return group_advantage(rewards, group, valid, scale=scale, baseline=baseline, epsilon=epsilon)
+
+    return jax.jit(f)
 
 
-def reference(rewards, group, valid, scale, baseline, epsilon=1e-6, ddof=1):
-    """The same in float64, one row at a time."""
-    rewards, out = np.asarray(rewards, np.float64), np.zeros(len(rewards))
+def reference(rewards, group, valid, scale, baseline):
+    """The same in float64, one row at a time; NaN where the advantage must be exactly 0."""
+    rewards, out = np.asarray(rewards, np.float64), np.full(len(rewards), np.nan)
     usable = np.asarray(valid) & np.isfinite(rewards)
     for i in np.flatnonzero(usable):
         rows = usable & (group == group[i])
@@ -29,64 +32,59 @@ def reference(rewards, group, valid, scale, baseline, epsilon=1e-6, ddof=1):
             continue
         others = rows & (np.arange(len(rewards)) != i) if baseline == "leave_one_out" else rows
         of = {"group": rows, "batch": usable, "none": None}[scale]
-        std = 1 if of is None else np.std(rewards[of], ddof=ddof) + epsilon
+        std = 1 if of is None else np.std(rewards[of], ddof=1) + 1e-6
         out[i] = (rewards[i] - rewards[others].mean()) / std
     return out
 
 
-def test_closed_forms():
-    """Group 5 has rewards 0, 2, 4 (mean 2, sample std 2), group −1 has 1 and 2 (mean 1.5, std √½); mixed order.
+# Group 5 has rewards 0, 2, 4: mean 2, sample std 2. Group −1 has 1 and 2: mean 1.5, sample std √½.
+# The batch has mean 1.8, squares 1.8² + 0.8² + 0.2² + 0.2² + 2.2² = 8.8, sample std √(8.8/4) = √2.2.
+REWARDS = jnp.array([0.0, 1.0, 2.0, 2.0, 4.0])
+GROUP = jnp.array([5, -1, 5, -1, 5])
+DEVIATION = np.array([-2, -0.5, 0, 0.5, 2])
+FROM_OTHERS = np.array([-3, -1, 0, 1, 3])  # 0 − 3, 1 − 2, 2 − 2, 2 − 1, 4 − 1
+GROUP_STD = np.array([2, 0.5**0.5, 2, 0.5**0.5, 2])
 
-    The whole batch: mean 1.8, squares 1.8² + 0.2² + 2.2² + 0.8² + 0.2² = 8.8, sample std √(8.8/4) = √2.2.
-    Leaving one out: 0 − 3, 2 − 2, 4 − 1 and 1 − 2, 2 − 1.
-    """
-    rewards = jnp.array([0.0, 1.0, 2.0, 2.0, 4.0])
-    group = jnp.array([5, -1, 5, -1, 5])
-    deviation = np.array([-2, -0.5, 0, 0.5, 2])
-    alone = np.array([-3, -1, 0, 1, 3])
-    group_std = np.array([2, 0.5**0.5, 2, 0.5**0.5, 2])
-    for baseline, difference in {"mean": deviation, "leave_one_out": alone}.items():
-        for scale, std in {"none": 1, "group": group_std, "batch": 2.2**0.5}.items():
-            got, metrics = jitted(scale, baseline, 0.0)(rewards, group)
-            np.testing.assert_allclose(got, difference / std, rtol=1e-6, atol=1e-7)
+
+def close(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_closed_forms():
+    for baseline, difference in {"mean": DEVIATION, "leave_one_out": FROM_OTHERS}.items():
+        for scale, std in {"none": 1, "group": GROUP_STD, "batch": 2.2**0.5}.items():
+            got, metrics = group_advantage(REWARDS, GROUP, scale=scale, baseline=baseline, epsilon=0.5)
+            close(got, difference / (std + (0 if scale == "none" else 0.5)))
             assert finalize(metrics) == pytest.approx(
-                {
-                    "reward": 1.8,
-                    "reward_std": (2 + 0.5**0.5) / 2,
-                    "frac_reward_zero_std": 0,
-                    "nonfinite_rewards": 0,
-                }
+                {"reward": 1.8, "reward_std": (2 + 0.5**0.5) / 2}
+                | {"frac_reward_zero_std": 0, "nonfinite_rewards": 0}
             )
 
 
-def test_population_standard_deviation():
-    """Rewards 0 and 1: ddof 0 gives std 1/2, ddof 1 gives √½; epsilon is added to it."""
-    rewards, group = jnp.array([0.0, 1.0]), jnp.zeros(2, int)
-    np.testing.assert_allclose(jitted(ddof=0)(rewards, group)[0], [-1, 1], rtol=1e-5)
-    np.testing.assert_allclose(
-        jitted(epsilon=0.5)(rewards, group)[0], 0.5 / (0.5**0.5 + 0.5) * np.array([-1, 1])
-    )
-
-
 def test_names_are_settings_of_one_function():
-    rewards, group = jnp.array([1.0, 3.0, 7.0, 2.0]), jnp.array([0, 0, 0, 1])
-    for name, options in {
-        "group": {},
-        "grpo": {},
-        "dr_grpo": {"scale": "none"},
-        "rloo": {"scale": "none", "baseline": "leave_one_out"},
-    }.items():
-        wanted = jitted(**options)(rewards, group)[0]
-        np.testing.assert_allclose(ADVANTAGES[name](rewards, group)[0], wanted, rtol=1e-6)
-        np.testing.assert_allclose(ADVANTAGES[name](rewards, group, jnp.ones(4, bool))[0], wanted, rtol=1e-6)
-    assert len(ADVANTAGES) == 4
-    np.testing.assert_allclose(
-        grpo(rewards, group, epsilon=0.5, ddof=0)[0], jitted(epsilon=0.5, ddof=0)(rewards, group)[0]
-    )
+    wanted = {"group": DEVIATION / GROUP_STD, "grpo": DEVIATION / GROUP_STD}
+    wanted |= {"dr_grpo": DEVIATION, "rloo": FROM_OTHERS}
+    assert wanted.keys() == ADVANTAGES.keys()
+    for name, values in wanted.items():
+        np.testing.assert_allclose(ADVANTAGES[name](REWARDS, GROUP)[0], values, rtol=2e-6)
+        # without its last row group 5 is 0 and 2: deviations ∓1, std √2, differences from the other ∓2
+        short, _ = ADVANTAGES[name](REWARDS, GROUP, jnp.arange(5) < 4)
+        np.testing.assert_allclose(
+            short[jnp.array([0, 2, 4])],
+            np.array([-1, 1, 0]) * {"dr_grpo": 1, "rloo": 2}.get(name, 0.5**0.5),
+            rtol=2e-6,
+        )
+
+
+def test_population_standard_deviation():
+    """Two rows at ±1/2 from their mean: √(½/1) with ddof 1, √(½/2) with 0. Three at ±2: √(8/3) with 0."""
+    close(grpo(REWARDS, GROUP, epsilon=0.5, ddof=1)[0], DEVIATION / (GROUP_STD + 0.5))
+    population = np.where(GROUP == 5, (8 / 3) ** 0.5, 0.5)
+    close(grpo(REWARDS, GROUP, epsilon=0.0, ddof=0)[0], DEVIATION / population)
 
 
 N = 9
-REWARDS = st.one_of(
+ANY_REWARD = st.one_of(
     st.floats(-3, 3, width=32),
     st.sampled_from([0.0, 0.7, 1.0, -1e8, 1e8, 1e8 + 8, float("nan"), float("inf"), -float("inf")]),
 )
@@ -94,7 +92,7 @@ REWARDS = st.one_of(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    rewards=st.lists(REWARDS, min_size=N, max_size=N),
+    rewards=st.lists(ANY_REWARD, min_size=N, max_size=N),
     group=st.lists(st.sampled_from([-(2**31), -7, 0, 3, 2**31 - 1]), min_size=N, max_size=N),
     valid=st.lists(st.sampled_from([True, True, True, False]), min_size=N, max_size=N),
     scale=st.sampled_from(SCALES),
@@ -106,10 +104,11 @@ def test_ragged_groups_equal_a_loop_over_groups(rewards, group, valid, scale, ba
     got, metrics = jitted(scale, baseline)(rewards, group, valid)
     wanted = reference(rewards, group, valid, scale, baseline)
     assert np.all(np.isfinite(got))
-    largest = np.max(np.abs(rewards[valid & np.isfinite(rewards)]), initial=0)
+    largest = float(np.max(np.abs(rewards[valid & np.isfinite(rewards)]), initial=0))
     tolerance = 2e-6 * (largest if scale == "none" else 1) * N
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=tolerance)
-    assert np.all(np.asarray(got)[wanted == 0] == 0) or np.all(np.abs(got[wanted == 0]) <= tolerance)
+    must_be_zero = np.isnan(wanted)
+    assert np.all(np.asarray(got)[must_be_zero] == 0)
+    np.testing.assert_allclose(got, np.where(must_be_zero, 0, wanted), rtol=1e-4, atol=tolerance)
     usable = valid & np.isfinite(rewards)
     groups = [rewards[usable & (group == g)].astype(np.float64) for g in set(group[usable])]
     expected = {"nonfinite_rewards": np.mean(~np.isfinite(rewards[valid]))} if valid.any() else {}
@@ -126,11 +125,13 @@ def test_ragged_groups_equal_a_loop_over_groups(rewards, group, valid, scale, ba
     group=st.lists(st.integers(0, 2), min_size=N, max_size=N),
     scale=st.sampled_from(SCALES),
     baseline=st.sampled_from(BASELINES),
+    epsilon=st.sampled_from([0.0, 1e-6]),
 )
-def test_equal_rewards_give_exactly_zero(values, group, scale, baseline):
+def test_equal_rewards_give_exactly_zero(values, group, scale, baseline, epsilon):
     """Whatever the value: of eight rewards 0.7 the plain float32 formula makes 0.056."""
     rewards = np.array(values, np.float32)[group]
-    got, metrics = jitted(scale, baseline)(rewards, np.array(group, np.int32), np.ones(N, bool))
+    arrays = rewards, np.array(group, np.int32), np.ones(N, bool)
+    got, metrics = jitted(scale, baseline)(*arrays, epsilon)
     assert np.all(got == 0)
     assert finalize(metrics)["frac_reward_zero_std"] == 1 and finalize(metrics)["reward_std"] == 0
 
@@ -166,31 +167,24 @@ def test_nothing_to_count(scale):
 
 
 def test_large_rewards_keep_their_differences():
-    """1e8, 1e8+8, 1e8+16 are neighbours in float32: deviations −8, 0, 8 and std 8, which plain sums lose."""
-    rewards = np.float32(1e8) + np.array([0, 8, 16], np.float32)
-    assert jitted("none")(rewards, np.zeros(3, np.int32))[0].tolist() == [-8, 0, 8]
-    np.testing.assert_allclose(jitted()(rewards, np.zeros(3, np.int32))[0], [-1, 0, 1], rtol=1e-6)
+    """1e8, 1e8+8, ... are neighbours in float32: deviations −16 to 16, which plain sums lose."""
+    rewards = np.float32(1e8) + 8 * np.arange(5, dtype=np.float32)
+    group = np.zeros(5, np.int32)
+    assert group_advantage(rewards, group, scale="none")[0].tolist() == [-16, -8, 0, 8, 16]
+    close(grpo(rewards, group)[0], np.arange(-2, 3) / 2.5**0.5)
 
 
 def test_precision_and_gradient():
-    group = jnp.array([0, 0, 1])
     for dtype, wanted in {jnp.bfloat16: "float32", jnp.int32: "float32", jnp.float32: "float32"}.items():
-        assert jax.eval_shape(jitted(), jnp.zeros(3, dtype), group)[0].dtype == wanted
+        assert jax.eval_shape(group_advantage, jnp.zeros(5, dtype), GROUP)[0].dtype == wanted
     with jax.enable_x64(True):
-        assert jax.eval_shape(jitted(), jnp.zeros(3, jnp.float64), group)[0].dtype == "float64"
-    gradient = jax.grad(lambda r: jnp.sum(jitted()(r, group)[0] ** 2))(jnp.array([1.0, 1.0, 2.0]))
-    assert gradient.tolist() == [0, 0, 0]
+        assert jax.eval_shape(group_advantage, jnp.zeros(5, jnp.float64), GROUP)[0].dtype == "float64"
+    gradient = jax.grad(lambda r: jnp.sum(grpo(r, GROUP)[0] ** 3))(REWARDS)
+    assert gradient.tolist() == [0] * 5
 
 
 def test_jit_changes_nothing():
-    rng = np.random.default_rng(0)
-    rewards, group = rng.normal(size=N).astype(np.float32), rng.integers(0, 3, N).astype(np.int32)
-    plain = group_advantage(rewards, group, np.ones(N, bool))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        plain,
-        jitted()(rewards, group, np.ones(N, bool)),
-    )
+    jax.tree.map(close, group_advantage(REWARDS, GROUP), jitted()(REWARDS, GROUP, jnp.ones(5, bool)))
 
 
 def test_errors_name_what_is_wrong():

@@ -9,13 +9,18 @@ from jaxrl_llm.losses import SURROGATES, finalize, ppo_clip, reinforce
 
 
 def value_and_grad(ratio, advantages, surrogate=ppo_clip, **options):
-    """Token losses and their gradient by logp, for one row with old_logp = 0."""
-    logp = jnp.log(jnp.asarray(ratio))[None]
-    zeros, mask = jnp.zeros_like(logp), jnp.ones(logp.shape, bool)
-    a = jnp.asarray(advantages, logp.dtype)[None]
-    loss, metrics = surrogate(logp, zeros, a, mask, **options)
-    gradient = jax.grad(lambda x: jnp.sum(surrogate(x, zeros, a, mask, **options)[0]))(logp)
-    return np.asarray(loss)[0], np.asarray(gradient)[0], finalize(metrics)
+    """Token losses and their gradient by logp, for one row with old_logp = 0 (padded to 4 tokens)."""
+    n = len(ratio)
+    logp = jnp.log(jnp.asarray(np.append(ratio, np.ones(4 - n)), jnp.result_type(float)))[None]
+    zeros, mask = jnp.zeros_like(logp), jnp.arange(4)[None] < n
+    a = jnp.asarray(np.append(advantages, np.zeros(4 - n)), logp.dtype)[None]
+
+    def total(x):
+        loss, metrics = surrogate(x, zeros, a, mask, **options)
+        return jnp.sum(loss), (loss, metrics)
+
+    gradient, (loss, metrics) = jax.grad(total, has_aux=True)(logp)
+    return np.asarray(loss)[0, :n], np.asarray(gradient)[0, :n], finalize(metrics)
 
 
 def test_clip_in_all_four_corners():
@@ -25,15 +30,23 @@ def test_clip_in_all_four_corners():
     r = 1.5, A = +2: beyond 1.2, clipped          loss −2.4   gradient 0
     r = 0.5, A = −2: below 0.8, clipped           loss  1.6   gradient 0
     r = 1.5, A = −2: a bad move, not clipped      loss  3.0   gradient 3.0
-    r = 1.1, A = +2 and A = −2: inside            loss ∓2.2   gradient ∓2.2
     """
-    loss, gradient, metrics = value_and_grad([0.5, 1.5, 0.5, 1.5, 1.1, 1.1], [2, 2, -2, -2, 2, -2])
-    np.testing.assert_allclose(loss, [-1.0, -2.4, 1.6, 3.0, -2.2, 2.2], rtol=1e-6)
-    np.testing.assert_allclose(gradient, [-1.0, 0, 0, 3.0, -2.2, 2.2], rtol=1e-6)
-    assert metrics == pytest.approx(
-        {"clip_ratio/low_mean": 1 / 6, "clip_ratio/high_mean": 1 / 6, "clip_ratio/region_mean": 2 / 6}
-        | {"clamped_ratio": 0}
-    )
+    loss, gradient, metrics = value_and_grad([0.5, 1.5, 0.5, 1.5], [2, 2, -2, -2])
+    np.testing.assert_allclose(loss, [-1.0, -2.4, 1.6, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-1.0, 0, 0, 3.0], rtol=1e-6)
+    assert metrics == {
+        "clip_ratio/low_mean": 1 / 4,
+        "clip_ratio/high_mean": 1 / 4,
+        "clip_ratio/region_mean": 2 / 4,
+        "clamped_ratio": 0,
+    }
+
+
+def test_no_clip_inside():
+    loss, gradient, metrics = value_and_grad([1.1, 0.9, 1.1, 0.9], [2, 2, -2, -2])
+    np.testing.assert_allclose(loss, [-2.2, -1.8, 2.2, 1.8], rtol=1e-6)
+    np.testing.assert_allclose(gradient, loss, rtol=1e-6)
+    assert not any(metrics.values())
 
 
 def test_upper_bound_of_its_own():
@@ -55,31 +68,27 @@ def test_dual_clip_acts_on_negative_advantages_alone():
 def test_the_bounds_themselves_are_inside(dtype):
     """At r = 1+ε, 1−ε and δ exactly the gradient is the full −A·r, not 0 and not the half of a tie."""
     with jax.enable_x64(dtype == np.float64):
-        ratio = np.asarray(jnp.exp(jnp.log(jnp.array([1.25, 0.75, 3.0], dtype))))
-        advantages = [2.0, -2.0, -2.0]
-        options = {
-            "epsilon": 1 - float(ratio[1]),
-            "epsilon_high": float(ratio[0]) - 1,
-            "delta": float(ratio[2]),
-        }
-        assert 1 + options["epsilon_high"] == ratio[0] and 1 - options["epsilon"] == ratio[1]
-        _, gradient, metrics = value_and_grad(np.array([1.25, 0.75, 3.0], dtype), advantages, **options)
-        np.testing.assert_allclose(gradient, -np.array(advantages) * ratio, rtol=1e-6)
-        assert all(value == 0 for value in metrics.values())
-        just_inside = {"epsilon": options["epsilon"] - 1e-6, "epsilon_high": options["epsilon_high"] - 1e-6}
-        _, gradient, _ = value_and_grad(
-            np.array([1.25, 0.75, 3.0], dtype), advantages, **just_inside, delta=options["delta"] - 1e-6
+        wished = [1.25, 0.75, 3.0, 1.0]
+        high, low, dual, _ = jnp.exp(jnp.log(jnp.array(wished, dtype))).tolist()  # as exp rounds them
+        advantages = np.array([2.0, -2.0, -2.0, 1.0])
+        _, gradient, metrics = value_and_grad(
+            wished, advantages, epsilon=1 - low, epsilon_high=high - 1, delta=dual
         )
-        assert gradient.tolist() == [0, 0, 0]
+        np.testing.assert_allclose(gradient, -advantages * wished, rtol=1e-6)
+        assert not any(metrics.values())
+        _, gradient, metrics = value_and_grad(
+            wished, advantages, epsilon=1 - low - 1e-6, epsilon_high=high - 1 - 1e-6, delta=dual - 1e-6
+        )
+        assert gradient.tolist() == [0, 0, 0, -1]
+        assert metrics["clip_ratio/region_mean"] == 0.5 and metrics["clip_ratio/dual_mean"] == 0.25
 
 
-def test_ratio_is_a_number_beyond_the_clamp():
-    """At log-ratio +100 and A < 0 the loss is −A·e^20 and has no gradient."""
-    logp = jnp.array([[100.0]])
-    f = lambda x: jnp.sum(ppo_clip(x, jnp.zeros((1, 1)), -jnp.ones((1, 1)), jnp.ones((1, 1), bool))[0])  # noqa: E731
-    value, gradient = jax.value_and_grad(f)(logp)
-    assert float(value) == pytest.approx(np.exp(20), rel=1e-6)
-    assert float(gradient[0, 0]) == 0
+def test_beyond_the_clamp_there_is_no_gradient():
+    """At log-ratio +100 and A < 0 the loss is −A·e^20."""
+    loss, gradient, metrics = value_and_grad([np.exp(80), 2.0], [-1.0, -1.0])
+    np.testing.assert_allclose(loss, [np.exp(20), 2], rtol=1e-5)
+    np.testing.assert_allclose(gradient, [0, 2], rtol=1e-6)
+    assert metrics["clamped_ratio"] == 0.5
 
 
 def test_reinforce_weighs_log_probs():
@@ -92,14 +101,11 @@ def test_reinforce_weighs_log_probs():
 @pytest.mark.parametrize("options", [{}, {"epsilon": float("inf")}, {"epsilon_high": 0.28, "delta": 3.0}])
 def test_on_policy_ppo_is_reinforce(options):
     """Where r = 1, any clip leaves exactly REINFORCE's gradient, even if old_logp is logp itself."""
-    rng = np.random.default_rng(0)
-    logp = jnp.asarray(-rng.uniform(0, 3, (3, 4)), jnp.float32)
-    advantages = jnp.asarray(rng.normal(size=(3, 1)), jnp.float32)
-    mask = jnp.asarray(rng.random((3, 4)) > 0.3)
+    logp = jnp.array([[-0.1, -1.0, -2.0, -9.0]])
+    advantages, mask = jnp.array([[1.5, -2.0, 0.0, 3.0]]), jnp.array([[True, True, True, False]])
     ppo = jax.grad(lambda x: jnp.sum(ppo_clip(x, x, advantages, mask, **options)[0]))(logp)
     plain = jax.grad(lambda x: jnp.sum(reinforce(x, x, advantages, mask)[0]))(logp)
-    np.testing.assert_array_equal(ppo, plain)
-    assert np.any(ppo != 0)
+    assert ppo.tolist() == plain.tolist() == [[-1.5, 2, 0, 0]]
 
 
 def test_off_policy_without_clip_is_importance_weighted_reinforce():
@@ -116,10 +122,11 @@ def test_advantages_of_rows_are_those_of_their_tokens(name):
     mask = rng.random((4, 4)) > 0.3
     mask[2] = False
     tokens = np.broadcast_to(rows, (4, 4)).copy()
-    by_row, by_token = (SURROGATES[name](logp, old_logp, a, mask) for a in (rows, tokens))
+    surrogate = jax.jit(SURROGATES[name])
+    by_row, by_token = (surrogate(logp, old_logp, a, mask) for a in (rows, tokens))
     jax.tree.map(np.testing.assert_array_equal, by_row, by_token)
     rows[2] = np.nan  # a row without a token may have any advantage
-    jax.tree.map(np.testing.assert_array_equal, by_row, SURROGATES[name](logp, old_logp, rows, mask))
+    jax.tree.map(np.testing.assert_array_equal, by_row, surrogate(logp, old_logp, rows, mask))
     with pytest.raises(ValueError, match=r"advantages\[:, None\]"):  # would be taken for tokens, as N = T
         SURROGATES[name](logp, old_logp, rows[:, 0], mask)
 

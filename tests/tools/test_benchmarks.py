@@ -257,8 +257,10 @@ def test_model_folder(tools: SimpleNamespace, tmp_path: pathlib.Path) -> None:
 def test_requests_have_new_prompts_each_round(tools: SimpleNamespace) -> None:
     rounds = tools.sampler.requests()
     first, second = next(rounds), next(rounds)
-    prompts = np.array(first["top-p 0.95"]["prompts"])
-    assert prompts.shape == (16, 64) and prompts.min() >= 0 and prompts.max() < 4096
+    for request in first.values():
+        prompts = np.array(request["prompts"])
+        assert len(prompts) * request["num_generations"] == 16 and prompts.shape[1] == 64
+        assert prompts.min() >= 0 and prompts.max() < 4096
     assert first["temperature 1"]["prompts"] == first["top-p 0.95"]["prompts"]
     assert first["temperature 1"]["prompts"] != second["temperature 1"]["prompts"]
     assert first["temperature 1"]["seed"] != second["temperature 1"]["seed"]

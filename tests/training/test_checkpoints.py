@@ -71,6 +71,15 @@ def test_every_kind_of_leaf_comes_back_bit_by_bit(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("state", [{}, {"empty": jnp.zeros((0, 2))}, jnp.arange(3)])
+def test_small_states(tmp_path: Path, state: Any) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {"a": 1})
+        back, host = checkpoints.restore(state)
+    assert_same(back, state)
+    assert host == {"a": 1}
+
+
 def test_saved_is_the_moment_of_the_call(tmp_path: Path) -> None:
     """The step donates its state and trackers change in place while the save goes on."""
     double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)

@@ -24,13 +24,13 @@ def main() -> None:
     while (request := channel.receive()) is not None:
         start = time.perf_counter()
         prompts = np.array(request["prompts"], np.int32)
-        batch = len(prompts)
+        batch = len(prompts) * request["num_generations"]
         trajectories = generate(
             prepared,
             cfg,
             prompts,
-            np.full(batch, prompts.shape[1], np.int32),
-            num_generations=1,
+            np.full(len(prompts), prompts.shape[1], np.int32),
+            num_generations=request["num_generations"],
             max_new_tokens=task["new_tokens"],
             sampling=sampling_params(batch, temperature=request["temperature"], top_p=request["top_p"]),
             key=jax.random.key(request["seed"]),

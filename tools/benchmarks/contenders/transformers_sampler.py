@@ -25,6 +25,7 @@ def main() -> None:
                 temperature=request["temperature"],
                 top_p=request["top_p"],
                 top_k=0,
+                num_return_sequences=request["num_generations"],
                 max_new_tokens=task["new_tokens"],
             )
         seconds = time.perf_counter() - start

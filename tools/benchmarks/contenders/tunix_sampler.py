@@ -29,7 +29,8 @@ def main() -> None:
         }
     )
     while (request := channel.receive()) is not None:
-        texts = [tokenizer.decode(prompt) for prompt in request["prompts"]]
+        prompts = [tokenizer.decode(prompt) for prompt in request["prompts"]]
+        texts = [prompt for prompt in prompts for _ in range(request["num_generations"])]
         start = time.perf_counter()
         output = sampler(
             texts,

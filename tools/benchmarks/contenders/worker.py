@@ -3,7 +3,7 @@
 The driver starts `python contenders/<name>.py '<task>'` with the contender's own interpreter. The contender
 loads the model, sends `{"versions": …, "logits": …}`, and then answers each request with the time it took:
 
-    driver     {"prompts": [[17, 3, …], …], "seed": 4, "temperature": 1.0, "top_p": 0.95}
+    driver     {"prompts": [[17, 3, …], …], "num_generations": 8, "temperature": 1.0, "seed": 4, …}
     contender  {"seconds": 0.83, "tokens": 2048}
 
 Imports the standard library alone, because it runs inside other libraries' environments.

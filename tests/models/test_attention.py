@@ -1,0 +1,132 @@
+"""The TPU kernel computes what the dense attention does, and it is what a TPU gets."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models import attention as module
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.attention import attention, causal_attention, causal_mask, splash_rows
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.params import abstract
+from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
+
+CFG = ModelConfig(
+    num_heads=4, num_kv_heads=2, attention_softcap=5.0, window=9, layer_kinds=("local", "global")
+)
+SCORES = re.compile(r"dot_general.*130x130x")
+KINDS = {
+    "global": dataclasses.replace(CFG, attention_softcap=None, window=None, layer_kinds=()),
+    "softcap_mixed": CFG,
+    "all_local": dataclasses.replace(CFG, attention_softcap=None, layer_kinds=("local", "local")),
+}
+
+
+def random_inputs(rows=2, length=150, heads=4, kv=2, width=16):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(rows, length, n, width)).astype(np.float32) for n in (heads, kv, kv))
+    return q, k, v, rng.normal(size=q.shape).astype(np.float32)
+
+
+def value_and_gradients(fn, q, k, v, cotangent):
+    out, vjp = jax.vjp(jax.jit(fn), q, k, v)
+    return out, *vjp(cotangent)
+
+
+@pytest.mark.parametrize(
+    "window,local,softcap,packed",
+    [(9, True, 2.0, True), (9, False, None, False)],
+)
+def test_kernel_equals_dense(window, local, softcap, packed):
+    """The kernel in emulation: lengths no multiple of its block, grouped heads, values and gradients."""
+    *qkv, cotangent = random_inputs()
+    length = qkv[0].shape[1]
+    start = 70 if packed else 0  # a second sequence begins here
+    positions = np.broadcast_to(np.r_[:start, : length - start], (2, length))
+    segments = np.broadcast_to((np.arange(length) >= start).astype(np.int32), (2, length)) if packed else None
+    mask = causal_mask(jnp.asarray(positions), segments, None if local is False else window)
+    flag = None if local is None else jnp.asarray(local)
+    kernel = value_and_gradients(
+        lambda q, k, v: splash_rows(
+            q, k, v, segments, flag, window=window, scale=0.3, softcap=softcap, interpret=True
+        ),
+        *qkv,
+        cotangent,
+    )
+    dense = value_and_gradients(
+        lambda q, k, v: attention(q, k, v, mask, scale=0.3, softcap=softcap), *qkv, cotangent
+    )
+    for one, other in zip(kernel, dense):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def loss(params, tokens, cfg, segment_ids=None, rules=None):
+    hidden = transformer.forward(params, tokens, cfg, segment_ids=segment_ids, rules=rules)
+    return hidden.astype(jnp.float32).mean()
+
+
+def lowered(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130):
+    params = abstract(transformer.param_specs(cfg))
+    tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
+    if mesh is not None:
+        where = shardings(transformer.param_specs(cfg), mesh, rules)
+        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
+    step = jax.jit(jax.grad(loss), static_argnames=("cfg", "rules"))
+    return step.trace(params, tokens, cfg, segment_ids, rules).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS)
+def test_tpu_gets_the_kernel_and_others_do_not(cfg):
+    segments = jax.ShapeDtypeStruct((4, 130), jnp.int32) if cfg.layer_kinds else None
+    tpu = lowered("tpu", cfg, segment_ids=segments)
+    # forward, and the two kernels of the backward pass, for each kind of layer
+    assert tpu.count("tpu_custom_call") == 3 * len(set(cfg.layer_kinds) or {"global"})
+    assert not SCORES.search(tpu)
+    cpu = lowered("cpu", cfg, segment_ids=segments)
+    assert "tpu_custom_call" not in cpu and SCORES.search(cpu)
+
+
+@pytest.mark.parametrize("kv_heads", ["tensor", None])
+def test_tpu_gets_the_kernel_on_a_mesh(kv_heads):
+    rules = dataclasses.replace(ShardingRules(), kv_heads=kv_heads)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        text = lowered("tpu", KINDS["global"], rules=rules, mesh=mesh)
+    assert text.count("tpu_custom_call") == 3
+    # each device runs it on its own row, with two of the four heads
+    assert "tensor<1x2x256x32xf32>" in text and "tensor<4x4x256x32xf32>" not in text
+
+
+@pytest.mark.parametrize("kv_heads", ["tensor", None])
+def test_kernel_on_a_mesh_equals_dense(monkeypatch, kv_heads):
+    """The layout around the kernel: rows and heads go where they belong, gradients come back whole."""
+
+    def emulated(*args, **kwargs):
+        return splash_rows(*args, **kwargs, interpret=True)
+
+    def take_tpu(*args, tpu, default):
+        return tpu(*args)
+
+    *qkv, cotangent = random_inputs(rows=2, length=20, heads=4, kv=2)
+    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
+    settings = dict(window=None, scale=0.3, softcap=None)
+    dense = value_and_gradients(
+        lambda q, k, v: causal_attention(q, k, v, positions, None, None, rules=None, **settings),
+        *qkv,
+        cotangent,
+    )
+    monkeypatch.setattr(module, "splash_rows", emulated)
+    monkeypatch.setattr(jax.lax, "platform_dependent", take_tpu)
+    rules = dataclasses.replace(ShardingRules(), kv_heads=kv_heads)
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        kernel = value_and_gradients(
+            lambda q, k, v: causal_attention(q, k, v, positions, None, None, rules=rules, **settings),
+            *qkv,
+            cotangent,
+        )
+    for one, other in zip(kernel, dense):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -1,0 +1,235 @@
+"""Whole runs of the training binary: exact resume after SIGTERM and kill -9, metrics, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jaxrl_llm.training.checkpoints import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+LAST = 6  # two supervised and four RL steps
+TIMED = ("time", "step_time")
+
+
+def command(workdir: Path, *overrides: str, module: str = "train") -> list[str]:
+    config = "--config=tests/training/tiny_config.py"
+    return [sys.executable, "-m", f"jaxrl_llm.{module}", config, f"--workdir={workdir}", *overrides]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One device, and one compilation cache for all runs of the session."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(environment, workdir: Path, *overrides: str, module: str = "train") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, *overrides, module=module),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def rows(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def interrupt(environment, workdir: Path, number: int, at_step: int) -> tuple[int, str]:
+    """Starts the run and sends a signal as soon as metrics.jsonl has the row of `at_step`."""
+    process = subprocess.Popen(
+        command(workdir),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if any(row["step"] >= at_step for row in rows(workdir)):
+                break
+        except ValueError:  # a line being written
+            pass
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=100)
+    return process.returncode, out
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array and number of the last checkpoint."""
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.latest()
+    assert step == LAST
+    record = json.loads((workdir / "checkpoints" / str(step) / "host" / "metadata").read_text())
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+    flat = {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return flat | {"host": json.dumps(record["host"], sort_keys=True)}
+
+
+def comparable(workdir: Path) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k not in TIMED and "timing/" not in k and "_per_second" not in k}
+        for row in rows(workdir)
+    ]
+
+
+@pytest.fixture(scope="session")
+def whole(environment, tmp_path_factory) -> Path:
+    """A run from start to end."""
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(environment, workdir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"accuracy at step {LAST}" in done.stdout and "gain" in done.stdout
+    return workdir
+
+
+def test_interrupted_run_equals_the_whole_one(environment, whole, tmp_path):
+    """SIGTERM, then kill -9, then to the end: params, optimizer, cursors, keys and metrics, exactly."""
+    code, out = interrupt(environment, tmp_path, signal.SIGTERM, at_step=2)
+    assert code == 0 and "the same command goes on from there" in out
+    saved = rows(tmp_path)[-1]["step"]
+    code, _ = interrupt(environment, tmp_path, signal.SIGKILL, at_step=saved + 2)
+    assert code == -signal.SIGKILL
+    done = run(environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = arrays(whole), arrays(tmp_path)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert np.array_equal(one[name], other[name]), name
+    assert comparable(whole) == comparable(tmp_path)
+
+
+def test_metrics_equal_what_the_dumped_completions_say(whole):
+    by_step = {row["step"]: row for row in rows(whole)}
+    assert sorted(by_step) == list(range(1, LAST + 1))
+    for step in range(3, LAST + 1):
+        table = pq.read_table(whole / f"completions_{step}.parquet").to_pydict()
+        row = by_step[step]
+        reward = np.array(table["reward"], np.float64)
+        groups = reward.reshape(4, 4)
+        assert row["reward"] == pytest.approx(reward.mean(), rel=1e-6)
+        assert row["reward_std"] == pytest.approx(groups.std(axis=1, ddof=1).mean(), rel=1e-5)
+        assert row["frac_reward_zero_std"] == pytest.approx(np.mean(np.ptp(groups, axis=1) == 0))
+        assert row["rewards/score/mean"] == pytest.approx(reward.mean(), rel=1e-6)
+        assert row["rewards/score/std"] == pytest.approx(reward.std(), rel=1e-5)
+        assert row["completions/mean_length"] == pytest.approx(np.mean(table["length"]))
+        assert row["completions/max_length"] == max(table["length"])
+        deviation = groups - groups.mean(axis=1, keepdims=True)
+        std = groups.std(axis=1, ddof=1, keepdims=True) + 1e-6
+        np.testing.assert_allclose(np.array(table["advantage"]).reshape(4, 4), deviation / std, atol=1e-4)
+        # on-policy identity, in the run itself
+        assert row["clip_ratio/region_mean"] == 0 and row["mismatch_kl"] < 1e-9
+        assert abs(row["ratio/max"] - 1) < 1e-5 and abs(row["ratio/min"] - 1) < 1e-5
+        assert row["sampling/sampling_logp_difference/max"] < 1e-5
+    accuracies = [row["step"] for row in rows(whole) if "eval/accuracy" in row]
+    assert accuracies == [2, 4, 6]
+    assert [p.name for p in whole.glob("events.out.tfevents.*")]
+
+
+def test_export_and_the_other_binaries(environment, whole):
+    """The exported folder is the trained policy: both give the same evaluation."""
+    first = run(environment, whole, f"--out={whole}/a.json", module="evaluate")
+    assert first.returncode == 0, first.stderr
+    exported = [f"--config.model.path={whole}/export", "--config.tokenizer.kind=folder"]
+    second = subprocess.run(
+        [
+            *[a for a in command(whole, module="evaluate") if not a.startswith("--workdir")],
+            *exported,
+            "--config.tokenizer.alphabet=",
+            f"--out={whole}/b.json",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert second.returncode == 0, second.stderr
+    a, b = (json.loads((whole / f"{name}.json").read_text()) for name in "ab")
+    assert a.pop("step") == LAST and b.pop("step") is None
+    assert a == b and a["eval/accuracy"] == rows(whole)[-1]["eval/accuracy"]
+    sampled = run(environment, whole, "--prompt=Calculate 1 + 2.", "--count=3", module="sample")
+    assert sampled.returncode == 0 and len(sampled.stdout.splitlines()) >= 3, sampled.stderr
+
+
+def test_another_config_is_refused_with_the_difference(environment, whole):
+    done = run(environment, whole, "--config.loss.epsilon=0.3", "--config.num_steps=5")
+    assert done.returncode != 0
+    assert "loss.epsilon: 0.2 -> 0.3" in done.stderr and "num_steps" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optimizer.learning_rat=1", "learning_rate"),
+        ("--config.optimiser.learning_rate=1", "optimizer"),
+        ("--config.rollout.num_generations=0", "rollout.num_generations=0: at least 1"),
+        ("--config.loss.loss_aggregation=token_meen", "did you mean 'token_mean'?"),
+        ("--config.reward.functions=('exact_mach',)", "exact_match"),
+        ("--config.data.train.name=basic_arithmetics", "basic_arithmetic"),
+        ("--config.model.path=/nowhere", "/nowhere"),
+        ("--config.train.micro_batch_rows=5", "micro_batch_rows=5 does not divide"),
+        ("--config.mesh.fsdp=3", "3"),
+        ("--workdri=x", "workdir"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_done(environment, tmp_path, override, message):
+    done = run(environment, tmp_path / "new", override)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "new").exists()
+
+
+def test_help(environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrl_llm.train", "--helpshort"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "--workdir" in done.stdout and "resumes an interrupted run" in done.stdout
+
+
+def test_nonfinite_updates_stop_the_run_with_the_last_good_state(environment, tmp_path):
+    done = run(
+        environment,
+        tmp_path,
+        "--config.optimizer.learning_rate=1e38",
+        "--config.train.max_nonfinite_steps=2",
+        "--config.eval.every=0",
+        "--config.num_steps=8",
+    )
+    assert done.returncode != 0 and "2 updates in a row were not finite" in done.stderr, done.stderr
+    skipped = [row["skipped_updates"] for row in rows(tmp_path)]
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == rows(tmp_path)[-1]["step"] + 1 or skipped[-1] >= 1
