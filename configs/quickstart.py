@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer.kind = "characters"
     c.tokenizer.alphabet = string.ascii_letters + string.digits + " +-=.,:?!()*/\n"
 
-    c.data.max_prompt_length = 32
+    c.data.max_prompt_length = 28
     c.data.train.kind = "reasoning_gym"
     c.data.train.name = "basic_arithmetic"
     c.data.train.size = 50_000
@@ -37,18 +37,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.data.size = 512
     c.eval.data.seed = 0
     c.eval.data.options = SUMS
-    c.eval.batch_prompts = 512
+    c.eval.batch_prompts = 256  # the rows of a training step: decoding is compiled once
 
     c.supervised.num_steps = 300
-    c.supervised.batch_rows = 32
-    c.supervised.max_length = 128
+    c.supervised.batch_rows = 64
     c.supervised.optimizer.learning_rate = 2e-3
     c.supervised.optimizer.schedule = "cosine"
 
     c.num_steps = 100
-    c.rollout.prompts_per_step = 64
+    c.rollout.prompts_per_step = 32
     c.rollout.num_generations = 8
-    c.rollout.max_completion_length = 8
+    c.rollout.max_completion_length = 6
     c.reward.functions = ("reasoning_gym",)
     c.optimizer.learning_rate = 3e-4
 

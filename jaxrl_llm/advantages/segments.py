@@ -59,8 +59,7 @@ def segment_moments(x: Array, ids: Array, where: Array, *, ddof: int = 1) -> Mom
     low = -segment_max(-x, ids, where)
     deviation = jnp.where(where, x - low[ids], 0)
     spread = jnp.maximum(segment_max(deviation, ids, where), 0)
-    for _ in range(2):  # the second time removes what rounding left of the mean
-        mean = segment_sum(deviation, ids, where) / jnp.maximum(rows, 1)
-        deviation = jnp.where(where, deviation - mean[ids], 0)
+    mean = segment_sum(deviation, ids, where) / jnp.maximum(rows, 1)
+    deviation = jnp.where(where, deviation - mean[ids], 0)
     variance = segment_sum(deviation**2, ids, where) / jnp.maximum(rows - ddof, 1)
     return Moments(deviation, jnp.sqrt(variance), spread, rows)

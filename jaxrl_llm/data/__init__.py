@@ -1,0 +1,1 @@
+"""Rows, their order, tokenizers, prompts and supervised examples. Host side: no params."""

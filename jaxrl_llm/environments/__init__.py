@@ -1,0 +1,1 @@
+"""Tools, simulators and benchmark worlds that policies act in. Host side: no params."""

@@ -1,0 +1,1 @@
+"""State, the loop, checkpoints, metrics."""

@@ -45,7 +45,7 @@ def default() -> ConfigDict:
     c.model.head_dim = 32
     c.model.intermediate_size = 384
     c.model.compute_dtype = "float32"  # or bfloat16; params and sums stay float32
-    c.model.remat = "none"  # none, dots, full: what the backward pass recomputes
+    c.model.remat = "dots"  # none, dots, full: what the backward pass recomputes
 
     c.tokenizer = ConfigDict()
     c.tokenizer.kind = "folder"  # folder, sentencepiece, bytes, characters

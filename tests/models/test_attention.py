@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from jaxrl_llm.models import attention as module
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.attention import attention, causal_attention, causal_mask, splash_rows
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import abstract
-from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
+from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
 
 CFG = ModelConfig(
     num_heads=4, num_kv_heads=2, attention_softcap=5.0, window=9, layer_kinds=("local", "global")
@@ -39,7 +40,7 @@ def value_and_gradients(fn, q, k, v, cotangent):
 
 @pytest.mark.parametrize(
     "window,local,softcap,packed",
-    [(9, True, 2.0, True), (9, False, None, False)],
+    [(9, True, 2.0, True), pytest.param(9, False, None, False, marks=pytest.mark.slow)],
 )
 def test_kernel_equals_dense(window, local, softcap, packed):
     """The kernel in emulation: lengths no multiple of its block, grouped heads, values and gradients."""
@@ -69,24 +70,28 @@ def loss(params, tokens, cfg, segment_ids=None, rules=None):
     return hidden.astype(jnp.float32).mean()
 
 
-def lowered(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130):
+def lower(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130):
     params = abstract(transformer.param_specs(cfg))
     tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
     if mesh is not None:
-        where = shardings(transformer.param_specs(cfg), mesh, rules)
-        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
+
+        def place(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        params = jax.tree.map(place, params, shardings(transformer.param_specs(cfg), mesh, rules))
+        tokens = place(tokens, batch_sharding(mesh, rules))
     step = jax.jit(jax.grad(loss), static_argnames=("cfg", "rules"))
-    return step.trace(params, tokens, cfg, segment_ids, rules).lower(lowering_platforms=(platform,)).as_text()
+    return step.trace(params, tokens, cfg, segment_ids, rules).lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS)
 def test_tpu_gets_the_kernel_and_others_do_not(cfg):
     segments = jax.ShapeDtypeStruct((4, 130), jnp.int32) if cfg.layer_kinds else None
-    tpu = lowered("tpu", cfg, segment_ids=segments)
+    tpu = lower("tpu", cfg, segment_ids=segments).as_text()
     # forward, and the two kernels of the backward pass, for each kind of layer
     assert tpu.count("tpu_custom_call") == 3 * len(set(cfg.layer_kinds) or {"global"})
     assert not SCORES.search(tpu)
-    cpu = lowered("cpu", cfg, segment_ids=segments)
+    cpu = lower("cpu", cfg, segment_ids=segments).as_text()
     assert "tpu_custom_call" not in cpu and SCORES.search(cpu)
 
 
@@ -95,13 +100,13 @@ def test_tpu_gets_the_kernel_on_a_mesh(kv_heads):
     rules = dataclasses.replace(ShardingRules(), kv_heads=kv_heads)
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        text = lowered("tpu", KINDS["global"], rules=rules, mesh=mesh)
+        text = lower("tpu", KINDS["global"], rules=rules, mesh=mesh).as_text()
     assert text.count("tpu_custom_call") == 3
     # each device runs it on its own row, with two of the four heads
     assert "tensor<1x2x256x32xf32>" in text and "tensor<4x4x256x32xf32>" not in text
 
 
-@pytest.mark.parametrize("kv_heads", ["tensor", None])
+@pytest.mark.parametrize("kv_heads", [None, pytest.param("tensor", marks=pytest.mark.slow)])
 def test_kernel_on_a_mesh_equals_dense(monkeypatch, kv_heads):
     """The layout around the kernel: rows and heads go where they belong, gradients come back whole."""
 
@@ -130,3 +135,23 @@ def test_kernel_on_a_mesh_equals_dense(monkeypatch, kv_heads):
         )
     for one, other in zip(kernel, dense):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["global", "softcap_mixed"])
+def test_compiles_for_tpu_without_a_trace_of_the_dense_branch(monkeypatch, name):
+    """Of 4 chips, 2 by 2: legal for the real compiler, in the memory of the kernel alone."""
+    pytest.importorskip("libtpu")
+    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh, rules = make_mesh(fsdp=2, tensor=2, devices=chips), ShardingRules()
+
+    def temporary_bytes():
+        with jax.set_mesh(mesh):
+            compiled = lower("tpu", KINDS[name], rules=rules, mesh=mesh, length=1024).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    both = temporary_bytes()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    assert both == temporary_bytes()
