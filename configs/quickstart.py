@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from jaxrl_llm.training.config import default
 
-SUMS = {"min_terms": 2, "max_terms": 3, "max_digits": 2, "operators": ("+", "-"), "allow_parentheses": False}
+SUMS = {"min_terms": 3, "max_terms": 3, "max_digits": 1, "operators": ("+", "-"), "allow_parentheses": False}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     c = default()
     c.model.hidden_size = 128
-    c.model.num_layers = 3
+    c.model.num_layers = 2
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
     c.model.head_dim = 32
@@ -26,10 +26,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer.kind = "characters"
     c.tokenizer.alphabet = string.ascii_letters + string.digits + " +-=.,:?!()*/\n"
 
-    c.data.max_prompt_length = 28
+    c.data.max_prompt_length = 24
     c.data.train.kind = "reasoning_gym"
     c.data.train.name = "basic_arithmetic"
-    c.data.train.size = 50_000
+    c.data.train.size = 20_000
     c.data.train.seed = 1
     c.data.train.options = SUMS
     c.eval.data.kind = "reasoning_gym"

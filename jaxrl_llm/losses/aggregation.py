@@ -156,7 +156,7 @@ def merge(a: Metrics, b: Metrics) -> Metrics:
         meet = jnp.maximum if isinstance(x, Max) else jnp.minimum if isinstance(x, Min) else jnp.add
         return type(x)(*map(meet, x, y))
 
-    return a | b | {name: one(name, a[name], b[name]) for name in a.keys() & b.keys()}
+    return a | b | {name: one(name, a[name], b[name]) for name in a if name in b}
 
 
 def finalize(metrics: Metrics) -> dict[str, float]:

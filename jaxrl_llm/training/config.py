@@ -94,6 +94,7 @@ def default() -> ConfigDict:
     c.loss.loss_aggregation = "token_mean"
     c.loss.importance_sampling_correction = "none"
     c.loss.importance_sampling_cap = 2.0
+    c.loss.importance_sampling_floor = 0.0
 
     c.train = ConfigDict()
     c.train.num_iterations = 1  # passes over a batch of rollouts

@@ -15,7 +15,7 @@ from jaxrl_llm.advantages import ADVANTAGES
 from jaxrl_llm.data.order import Cursor, take
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
 from jaxrl_llm.data.rows import prompt_text
-from jaxrl_llm.data.supervised import encode_supervised, pack
+from jaxrl_llm.data.supervised import Example, encode_supervised, pack
 from jaxrl_llm.losses import Metrics
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.rewards.pool import RewardPool, Scores
@@ -93,25 +93,27 @@ def next_prompts(job: Job, host: Host, count: int) -> list[Prompt]:
 def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBatch:
     """As many of the next examples as fit into `rows` packed rows of `length` tokens."""
     assert job.supervised is not None
-    want = rows * 8
-    indices, _ = take(host.supervised, want, len(job.supervised))
 
     def with_completion(row: dict[str, Any]) -> dict[str, Any]:
         known = "completion" in row or "chosen" in row or "answer" not in row
         return row if known else row | {"completion": str(row["answer"])}
 
-    examples, _ = encode_supervised(
-        (with_completion(job.supervised[int(i)]) for i in indices),
-        job.tokenizer,
-        max_length=length,
-        overlong=job.config.data.overlong_prompts,
-    )
-    if not examples:
-        raise ValueError(
-            f"none of {want} supervised rows has at most {length} tokens: raise supervised.max_length"
+    looked, used = 0, 0
+    examples: list[Example] = []
+    while used == len(examples):  # until one is left over: then the rows are full
+        if looked > 64 * rows and not examples:
+            raise ValueError(f"no supervised row has at most {length} tokens: raise supervised.max_length")
+        ahead, _ = take(host.supervised, looked + rows, len(job.supervised))
+        more, _ = encode_supervised(
+            (with_completion(job.supervised[int(i)]) for i in ahead[looked:]),
+            job.tokenizer,
+            max_length=length,
+            overlong=job.config.data.overlong_prompts,
         )
-    packed, used = pack(examples, length, rows)
-    taken = examples[used].index if used < len(examples) else want
+        examples += [dataclasses.replace(example, index=example.index + looked) for example in more]
+        looked += rows
+        packed, used = pack(examples, length, rows)
+    taken = examples[used].index
     host.dropped += taken - used
     _, host.supervised = take(host.supervised, taken, len(job.supervised))
     return SupervisedBatch(*(jnp.asarray(x) for x in packed))

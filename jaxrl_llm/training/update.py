@@ -106,6 +106,7 @@ def policy_loss(c: ConfigDict, score: Callable[..., Scores]) -> Loss:
             mask,
             mode=c.loss.importance_sampling_correction,
             cap=c.loss.importance_sampling_cap,
+            floor=c.loss.importance_sampling_floor,
         )
         token_loss = token_loss * weights
         bonus, entropy = entropy_bonus(scores.entropy, mask)
