@@ -20,7 +20,7 @@ _STEP = absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; none = 
 _OUT = absl_flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     from jaxrl_llm.rewards.pool import RewardPool
     from jaxrl_llm.sampling.autoregressive import prepare
     from jaxrl_llm.training import job as jobs

@@ -39,7 +39,7 @@ def asked() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     import dataclasses
 
     from jaxrl_llm.data.prompts import encode_prompts

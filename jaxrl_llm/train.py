@@ -16,7 +16,7 @@ from jaxrl_llm import flags
 absl_flags.adopt_module_key_flags(flags)
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     from jaxrl_llm.training import job as jobs
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.checkpoints import CheckpointError, ConfigMismatch

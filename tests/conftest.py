@@ -1,5 +1,11 @@
-"""Eight virtual CPU devices, so that sharding is tested everywhere. Set before jax is imported."""
+"""Eight virtual CPU devices, so that sharding is tested everywhere. Set before jax is imported.
+
+Tests compile many small programs and run each once or twice, so the compiler does not optimise machine code.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)

@@ -200,7 +200,7 @@ def test_nothing_is_traced_twice():
 
 
 def test_bad_input():
-    tokens, lengths = make_prompts()
+    tokens, _ = make_prompts()
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         run(tokens=tokens, lengths=np.array([3, 0, 1]))
     with pytest.raises(ValueError, match="need 9 uids"):
