@@ -1,4 +1,4 @@
-"""A small decoder learns sums of three digits: supervised warm start, then GRPO against the task's own scorer.
+"""A small decoder learns sums of three digits: supervised warm start, then GRPO on the task's own scorer.
 
     python -m jaxrl_llm.train --config=configs/quickstart.py --workdir=runs/quickstart
 
