@@ -30,15 +30,16 @@ def get_config(arg: str = "") -> ConfigDict:
     for source, seed, size in ((c.eval.data, 0, 512), (c.data.train, 1, 20_000)):
         source.kind, source.name, source.seed, source.size = "reasoning_gym", "basic_arithmetic", seed, size
         source.options = SUMS
-    c.eval.every = 50
+    c.eval.every = 40
     c.eval.batch_prompts = 512  # as many rows as a training step has: decoding is compiled once
 
-    c.supervised.num_steps = 300
+    c.supervised.num_steps = 600
     c.supervised.batch_rows = 64
     # the warm start is not annealed: RL's own schedule ends what it begins
     c.supervised.optimizer.learning_rate = 4e-3
 
-    c.num_steps = 150
+    c.num_steps = 120
+    c.train.num_iterations = 2
     c.rollout.prompts_per_step = 64
     c.rollout.num_generations = 8
     c.rollout.max_completion_length = 6

@@ -13,6 +13,9 @@ Array = jax.Array
 LANES = 128
 """Rows are padded to a multiple of this for the TPU kernel."""
 
+CHUNK, MOST_CHUNKS = 64, 8
+"""Queries that are attended together elsewhere, and how many such groups a row is cut into at most."""
+
 
 def causal_mask(
     positions: Array, segment_ids: Array | None = None, window: Array | int | None = None
@@ -46,15 +49,17 @@ def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softca
     Returns:
       f[N, T, H, h] in q's dtype.
     """
-    if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
     n, t, heads, width = q.shape
-    grouped = q.reshape(n, t, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("ntkgh,nskh->nkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30), axis=-1).astype(v.dtype)
-    out = jnp.einsum("nkgts,nskh->ntkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
+    q = q.reshape(n, t, k.shape[2], heads // k.shape[2], width).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("nkgth,nksh->nkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None], scores, -1e30)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("nkgts,nksh->nkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).transpose(0, 3, 1, 2, 4).reshape(n, t, heads, width).astype(v.dtype)
 
 
 def causal_attention(
@@ -93,7 +98,14 @@ def causal_attention(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
     ) -> Array:
         width = window if local is None or window is None else jnp.where(local, window, q.shape[1])
-        return attention(q, k, v, causal_mask(positions, segments, width), scale=scale, softcap=softcap)
+        mask = causal_mask(positions, segments, width)
+        size = max(CHUNK, -(-q.shape[1] // MOST_CHUNKS))
+        out = []
+        for begin in range(0, q.shape[1], size):  # keys after a query's chunk are never looked at
+            end = begin + size
+            rows, seen = q[:, begin:end], mask[:, :, begin:end, :end]
+            out.append(attention(rows, k[:, :end], v[:, :end], seen, scale=scale, softcap=softcap))
+        return jnp.concatenate(out, axis=1)
 
     def tpu(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None

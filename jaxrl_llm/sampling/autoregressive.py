@@ -1,17 +1,19 @@
 """Autoregressive sampling: prefill once per prompt, then decode on the device until every row is done.
 
-A row's cache has two regions: its prompt in slots [0, P), right-padded, and what it writes in slots
-P, P+1, …, the same slot for every row at every step. Writing is then one contiguous update, while a token's
-position (for rotary embedding and windows) still counts only real tokens: there is no left padding.
+A row's cache has two parts. Its prompt, right-padded to P slots, is kept once for all rows of the prompt's
+group. What it writes itself goes to slots 0, 1, …, the same slot for every row at every step. Writing is then
+one contiguous update, while a token's position (for rotary embedding and windows) still counts only real
+tokens: there is no left padding.
 
-    P = 4, prompts of 2 and 4 tokens, after 3 steps:
+    P = 4, prompts of 2 and 4 tokens, 2 rows each, after 3 steps:
 
-    slot       0   1   2   3   4   5   6   7
-    row 0      a   b   .   .   x   y   z        positions 0 1 - - 2 3 4
-    row 1      a   b   c   d   x   y   z        positions 0 1 2 3 4 5 6
+    prompt 0   a b . .      row 0   x y z .      positions 0 1 - - | 2 3 4
+                            row 1   x u v .
+    prompt 1   a b c d      row 2   x y z .      positions 0 1 2 3 | 4 5 6
+                            row 3   u v w .
 
 The host looks in between chunks of steps: it stops early when all rows are done, checks stop strings, and
-picks how much of the cache the next chunk attends over.
+doubles the cache when it is full: a step attends over whole arrays, for a slice of them would be a copy.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ from jaxrl_llm.models import transformer
 from jaxrl_llm.models.attention import attention, causal_mask
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.sampling.logits import Sampling, row_uniform, sample
+from jaxrl_llm.sampling.logits import Sampling, row_uniforms, sample
 from jaxrl_llm.trajectory import Trajectories, length_mask
 
 Array = jax.Array
@@ -36,11 +38,12 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """B rows in the middle of decoding. C = room for new tokens, S = P + C slots.
+    """B = M·G rows in the middle of decoding. C = most new tokens, R = how many the cache has room for by now.
 
     Attributes:
-      keys: per layer f[B, K, h, S]; slots last, so that scores sum over h along contiguous slots.
-      values: per layer f[B, K, S, h].
+      prompt_keys, prompt_values: per layer f[M, K, h, P] and f[M, K, P, h]; zero beyond a prompt.
+      keys: per layer f[B, K, h, R]; slots last, so that scores sum over h along contiguous slots.
+      values: per layer f[B, K, R, h].
       hidden: f[B, D] last hidden state, from which the next token is drawn.
       prompt_lengths: i32[B].
       step: i32 scalar, tokens drawn so far.
@@ -49,6 +52,8 @@ class State:
       counts: i32[B] tokens drawn before and including EOS.
     """
 
+    prompt_keys: tuple[Array, ...]
+    prompt_values: tuple[Array, ...]
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     hidden: Array
@@ -79,16 +84,23 @@ def _kinds(cfg: ModelConfig) -> tuple[str, ...]:
     return cfg.layer_kinds or ("global",) * cfg.num_layers
 
 
-@partial(jax.jit, static_argnames=("cfg", "num_generations", "capacity"))
+@partial(jax.jit, static_argnames=("cfg", "num_generations", "max_new_tokens", "room"))
 def prefill(
-    prepared: Tree, tokens: Array, lengths: Array, cfg: ModelConfig, *, num_generations: int, capacity: int
+    prepared: Tree,
+    tokens: Array,
+    lengths: Array,
+    cfg: ModelConfig,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    room: int,
 ) -> State:
-    """Runs the prompts once and repeats their cache for each prompt's group.
+    """Runs the prompts, once for all rows that continue them.
 
     Args:
       prepared: from `prepare`.  tokens: i32[M, P] right-padded prompts.  lengths: i32[M], at least 1.
       num_generations: G rows per prompt; row i·G + j continues prompt i.
-      capacity: C, room for new tokens.
+      max_new_tokens: C.  room: R, new tokens that the cache has slots for; `grow` makes more.
 
     Returns:
       `State` of B = M·G rows.
@@ -97,7 +109,8 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ropes = transformer.rope_tables(cfg, positions)
     x = transformer.embed(prepared, tokens, cfg, dtype)
-    keys, values = [], []
+    keys: list[Array] = []
+    values: list[Array] = []
 
     def repeat(x: Array) -> Array:
         return jnp.repeat(x, num_generations, axis=0)
@@ -108,9 +121,8 @@ def prefill(
         def attend(q: Array, k: Array, v: Array, mask: Array = mask) -> Array:
             # padded slots are written as zeros: what lies beyond a prompt must not be able to poison it
             real = length_mask(lengths, k.shape[1])[:, :, None, None]
-            room = ((0, 0), (0, capacity), (0, 0), (0, 0))
-            keys.append(repeat(jnp.pad(jnp.where(real, k, 0), room).transpose(0, 2, 3, 1)))
-            values.append(repeat(jnp.pad(jnp.where(real, v, 0), room).transpose(0, 2, 1, 3)))
+            keys.append(jnp.where(real, k, 0).transpose(0, 2, 3, 1))
+            values.append(jnp.where(real, v, 0).transpose(0, 2, 1, 3))
             scale = transformer.score_scale(cfg)
             return attention(q, k, v, mask, scale=scale, softcap=cfg.attention_softcap)
 
@@ -118,15 +130,18 @@ def prefill(
     x = transformer.rms_norm(x, prepared["final_norm"], cfg)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     batch = tokens.shape[0] * num_generations
-    zeros = jnp.zeros((batch, capacity), jnp.float32)
+    zeros = jnp.zeros((batch, max_new_tokens), jnp.float32)
+    kv, width = cfg.num_kv_heads, cfg.head_dim
     return State(
-        keys=tuple(keys),
-        values=tuple(values),
+        prompt_keys=tuple(keys),
+        prompt_values=tuple(values),
+        keys=(jnp.zeros((batch, kv, width, room), dtype),) * cfg.num_layers,
+        values=(jnp.zeros((batch, kv, room, width), dtype),) * cfg.num_layers,
         hidden=repeat(last),
         prompt_lengths=repeat(lengths),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(batch, bool),
-        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
         behaviour_logp=zeros,
         raw_logp=zeros,
         log_kept=zeros,
@@ -134,44 +149,79 @@ def prefill(
     )
 
 
-def cached_attention(
-    q: Array, keys: Array, values: Array, mask: Array, *, scale: float, softcap: float | None
-) -> Array:
-    """Attention of one query per row over its cache.
+@partial(jax.jit, static_argnames=("room",))
+def grow(state: State, room: int) -> State:
+    """Adds slots for `room` more tokens to the cache."""
+    keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room))) for x in state.keys)
+    values = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) for x in state.values)
+    return dataclasses.replace(state, keys=keys, values=values)
 
-    Written as multiply-and-reduce: with one query per row there is no matrix product to speak of.
+
+def cached_attention(
+    q: Array,
+    prompts: tuple[Array, Array],
+    own: tuple[Array, Array],
+    mask: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Array:
+    """Attention of one query per row over its prompt and over what it has written.
+
+    The rows of a group meet their prompt in one matrix product. Over a row's own slots it is written as
+    multiply-and-reduce: with one query per row there is no matrix product to speak of.
 
     Args:
-      q: f[B, 1, H, h].  keys: f[B, K, h, W].  values: f[B, K, W, h].  mask: bool[B, W].
+      q: f[B, 1, H, h].
+      prompts: keys f[M, K, h, P] and values f[M, K, P, h]; row i continues prompt i·M//B.
+      own: keys f[B, K, h, R] and values f[B, K, R, h].
+      mask: bool[B, P + R].
 
     Returns:
       f[B, 1, H, h].
     """
     batch, _, heads, width = q.shape
-    kv = keys.shape[1]
-    grouped = q.reshape(batch, kv, heads // kv, width, 1).astype(jnp.float32) * scale
-    scores = jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=3)
+    count, kv, _, slots = prompts[0].shape
+    queries = q.reshape(batch, kv, heads // kv, width).astype(jnp.float32) * scale
+
+    def by_prompt(x: Array) -> Array:
+        """[B, K, H/K, n] -> [M, K, B/M·H/K, n]"""
+        x = x.reshape(count, batch // count, kv, heads // kv, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(count, kv, -1, x.shape[-1])
+
+    def by_row(x: Array) -> Array:
+        x = x.reshape(count, kv, batch // count, heads // kv, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(batch, kv, heads // kv, x.shape[-1])
+
+    shared = by_row(jnp.matmul(by_prompt(queries), prompts[0].astype(jnp.float32)))
+    scores = jnp.sum(queries[..., None] * own[0][:, :, None].astype(jnp.float32), axis=3)
+    scores = jnp.concatenate([shared, scores], axis=3)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
-    out = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
+    out = by_row(jnp.matmul(by_prompt(weights[..., :slots]), prompts[1].astype(jnp.float32)))
+    out += jnp.sum(weights[..., slots:, None] * own[1][:, :, None].astype(jnp.float32), axis=3)
     return out.reshape(q.shape).astype(q.dtype)
 
 
 def _advance(
-    prepared: Tree, state: State, tokens: Array, cfg: ModelConfig, width: int
+    prepared: Tree, state: State, tokens: Array, ropes: Tree, cfg: ModelConfig
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Feeds the tokens i32[B] drawn at `state.step`; attends over the first `width` slots."""
-    capacity = state.tokens.shape[1]
-    prompt_slots = state.values[0].shape[2] - capacity
-    slot = prompt_slots + state.step
+    """Feeds the tokens i32[B] drawn at `state.step`, given rope tables of every position.
+
+    Returns:
+      Hidden states f[B, D] and the caches.
+    """
+    prompt_slots, room = state.prompt_keys[0].shape[3], state.keys[0].shape[3]
     position = state.prompt_lengths + state.step
-    slots = jnp.arange(width)[None, :]
-    written = (slots < state.prompt_lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))
-    slot_positions = jnp.where(
-        slots < prompt_slots, slots, state.prompt_lengths[:, None] + slots - prompt_slots
+    prompt, own = jnp.arange(prompt_slots), jnp.arange(room)
+    written = jnp.concatenate(
+        [prompt < state.prompt_lengths[:, None], jnp.broadcast_to(own <= state.step, (len(tokens), room))], axis=1
     )
-    ropes = transformer.rope_tables(cfg, position[:, None])
+    slot_positions = jnp.concatenate(
+        [jnp.broadcast_to(prompt, (len(tokens), prompt_slots)), state.prompt_lengths[:, None] + own], axis=1
+    )
+    ropes = jax.tree.map(lambda table: table[0, position[:, None]], ropes)
     x = transformer.embed(prepared, tokens[:, None], cfg, prepared["final_norm"].dtype)
     keys, values = list(state.keys), list(state.values)
     for index, (layer, kind) in enumerate(zip(prepared["layers"], _kinds(cfg))):
@@ -181,12 +231,12 @@ def _advance(
 
         def attend(q: Array, k: Array, v: Array, index: int = index, mask: Array = mask) -> Array:
             update = jax.lax.dynamic_update_slice
-            keys[index] = update(keys[index], k.transpose(0, 2, 3, 1), (0, 0, 0, slot))
-            values[index] = update(values[index], v.transpose(0, 2, 1, 3), (0, 0, slot, 0))
+            keys[index] = update(keys[index], k.transpose(0, 2, 3, 1), (0, 0, 0, state.step))
+            values[index] = update(values[index], v.transpose(0, 2, 1, 3), (0, 0, state.step, 0))
             return cached_attention(
                 q,
-                keys[index][..., :width],
-                values[index][:, :, :width],
+                (state.prompt_keys[index], state.prompt_values[index]),
+                (keys[index], values[index]),
                 mask,
                 scale=transformer.score_scale(cfg),
                 softcap=cfg.attention_softcap,
@@ -197,48 +247,59 @@ def _advance(
     return x[:, 0], tuple(keys), tuple(values)
 
 
-@partial(jax.jit, static_argnames=("cfg", "width"), donate_argnames=("state",))
+def next_logits(prepared: Tree, hidden: Array, cfg: ModelConfig) -> Array:
+    """hidden f[B, D] -> f32[B, V].
+
+    With the vocabulary matrix on the left, as it is stored: for few rows the CPU's product the other way
+    round takes a third longer, and the compiler would turn this one round but for the barrier.
+    """
+    columns = jax.lax.optimization_barrier(hidden.T)
+    out = jnp.dot(transformer.head(prepared), columns, preferred_element_type=jnp.float32)
+    return transformer.cap_logits(jax.lax.optimization_barrier(out).T, cfg)
+
+
+@partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
 def decode(
     prepared: Tree,
     state: State,
     sampling: Sampling,
-    key: Array,
-    uids: Array,
+    uniforms: Array,
     stop_ids: Array,
     until: Array,
     cfg: ModelConfig,
-    *,
-    width: int,
 ) -> State:
     """Draws tokens until step `until`, or until every row is done.
 
     Args:
       prepared: from `prepare`.  state: donated.  sampling: per row.
-      key, uids: i32[B]; the draw at a position is fold_in(fold_in(key, uid), position).
+      uniforms: f32[B, C] in [0, 1): what decides each draw, from `row_uniforms`.
       stop_ids: i32[E] tokens that end a row (-1 = none).
-      until: i32 scalar, at most `width` - P.
-      width: slots attended over; the state's step must stay below width - P.
+      until: i32 scalar, at most the room in the cache.
     """
+
+    # one table for all steps: the compiler would work out sines again for every head of every layer
+    positions = jnp.arange(state.prompt_keys[0].shape[3] + state.keys[0].shape[3], dtype=jnp.int32)
+    ropes = transformer.rope_tables(cfg, positions[None])
 
     def more(state: State) -> Array:
         return (state.step < until) & ~jnp.all(state.done)
 
     def one(state: State) -> State:
-        logits = transformer.logits(prepared, state.hidden, cfg)
-        positions = state.prompt_lengths + state.step
-        drawn = sample(logits, sampling, row_uniform(key, uids, positions))
+        logits = next_logits(prepared, state.hidden, cfg)
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, state.step, axis=1, keepdims=False)
+        drawn = sample(logits, sampling, uniform)
         live = ~state.done
         token = jnp.where(live, drawn.token, 0)
 
         def put(array: Array, value: Array) -> Array:
             return jax.lax.dynamic_update_slice(array, value[:, None], (0, state.step))
 
-        hidden, keys, values = _advance(prepared, state, token, cfg, width)
-        return State(
+        hidden, keys, values = _advance(prepared, state, token, ropes, cfg)
+        return dataclasses.replace(
+            state,
             keys=keys,
             values=values,
             hidden=hidden,
-            prompt_lengths=state.prompt_lengths,
             step=state.step + 1,
             done=state.done | jnp.any(drawn.token[:, None] == stop_ids, axis=1),
             tokens=put(state.tokens, token),
@@ -289,13 +350,13 @@ def collect(
     )
 
 
-def widths(prompt_slots: int, capacity: int, first: int = 128) -> list[int]:
-    """The ladder of cache widths to attend over: it doubles, so a long completion costs few compilations
-    and a step reads at most twice what it needs."""
-    ends = [first]
-    while ends[-1] < capacity:
-        ends.append(2 * ends[-1])
-    return [prompt_slots + min(end, capacity) for end in ends]
+def rooms(max_new_tokens: int, first: int = 64) -> list[int]:
+    """How much room for new tokens the cache has, stage by stage: it doubles, so a long completion costs few
+    compilations and a step reads at most twice what it needs."""
+    ends = [min(first, max_new_tokens)]
+    while ends[-1] < max_new_tokens:
+        ends.append(min(2 * ends[-1], max_new_tokens))
+    return ends
 
 
 def generate(
@@ -349,20 +410,26 @@ def generate(
     tokens, lengths, row_ids = (
         jax.device_put(np.asarray(x, np.int32), sharding) for x in (prompts, prompt_lengths, uids)
     )
+    uniforms = row_uniforms(
+        key, row_ids, jnp.repeat(lengths, num_generations), max_new_tokens
+    )
+    stages = rooms(max_new_tokens)
     state = prefill(
         prepared,
         tokens,
         lengths,
         cfg,
         num_generations=num_generations,
-        capacity=max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        room=stages[0],
     )
     step = 0
-    for width in widths(slots, max_new_tokens):
-        while step < width - slots:
-            step = min(step + check_every, width - slots) if find_stop else width - slots
+    for room in stages:
+        state = grow(state, room - step) if step else state
+        while step < room:
+            step = min(step + check_every, room) if find_stop else room
             until = jnp.asarray(step, jnp.int32)
-            state = decode(prepared, state, sampling, key, row_ids, ids, until, cfg, width=width)
+            state = decode(prepared, state, sampling, uniforms, ids, until, cfg)
             if find_stop is not None:
                 state = _stop_strings(state, find_stop)
         if bool(jnp.all(state.done)):

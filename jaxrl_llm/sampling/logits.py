@@ -1,10 +1,13 @@
 """From logits to a token: temperature, truncation by threshold search, and the log-probs of what was drawn.
 
-Nothing here sorts. A truncation rule is a threshold on the tempered logits; the mass above it is one
-vectorised reduction, so a bisection finds the threshold.
+Nothing here sorts. A token's weight is its tempered probability over that of the most likely token. A
+truncation rule is a threshold on weights; the mass above one is a vectorised reduction, so a bisection finds
+the threshold.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -91,46 +94,70 @@ def _total(x: Array) -> Array:
     return jnp.sum(jnp.sum(x, axis=1), axis=1)
 
 
-def threshold(z: Array, sampling: Sampling) -> Array:
-    """The least tempered logit that truncation keeps.
+def _bisect(values: Array, weights: Array, least: Array, low: Array, one: Callable[[Array], Array]) -> Array:
+    """The largest threshold, f32[B], at which the `values` kept sum to `least`.
+
+    Args:
+      values: f32[B, R, C] what is summed.  weights: f32[B, R, C].
+      least: f32[B], above 0.  low: f32[B] log of a threshold that is low enough.
+      one: log of a threshold f32[B] -> the least that one more token adds to the sum.
+    """
+
+    def total(log_threshold: Array) -> Array:
+        return _total(jnp.where(weights >= jnp.exp(log_threshold)[:, None, None], values, 0.0))
+
+    def more(carry: tuple[Array, ...]) -> Array:
+        step, low, _, at_low, at_high = carry
+        several = at_low - at_high >= 2 * one(low)  # tokens are left between the ends
+        return (step < SEARCH_STEPS) & jnp.any(several)
+
+    def halve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        step, low, high, at_low, at_high = carry
+        middle = 0.5 * (low + high)
+        at = total(middle)
+        enough = at >= least
+        ends = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return step + 1, *ends, jnp.where(enough, at, at_low), jnp.where(enough, at_high, at)
+
+    high = jnp.full_like(low, 1e-6)
+    start = jnp.zeros((), jnp.int32), low, high, total(low), jnp.zeros_like(least)
+    return jnp.exp(jax.lax.while_loop(more, halve, start)[1])
+
+
+def threshold(weights: Array, total: Array, sampling: Sampling) -> Array:
+    """The least weight that truncation keeps.
 
     Top-k first, then top-p within what it kept, then min-p: the order of transformers and vLLM.
 
     Args:
-      z: f32[B, R, C] tempered logits less their maximum (so at most 0), `NEGATIVE` where padded.
+      weights: f32[B, R, C], 1 for the most likely token, 0 where padded.  total: f32[B] their sum.
 
     Returns:
       f32[B].
     """
-    batch = z.shape[0]
-    off = jnp.full(batch, 2 * NEGATIVE, jnp.float32)
+    size = weights.shape[1] * weights.shape[2]
+    off = jnp.zeros_like(total)
+    floor = jnp.full_like(total, -SEARCH_RANGE)
 
-    def search(count: Array, weigh: bool, floor: Array) -> Array:
-        """The largest t with the weight of {z ≥ t and z ≥ floor} at least `count`."""
-        weights = jnp.where(z >= floor[:, None, None], jnp.exp(z) if weigh else 1.0, 0.0)
+    def by_top_k(_: None) -> tuple[Array, Array, Array]:
+        least = sampling.top_k.astype(jnp.float32)
+        found = _bisect(jnp.ones_like(weights), weights, least, floor, jnp.ones_like)
+        found = jnp.where(sampling.top_k > 0, found, off)
+        kept = jnp.where(weights >= found[:, None, None], weights, 0.0)
+        return found, kept, _total(kept)
 
-        def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bounds
-            middle = 0.5 * (low + high)
-            enough = _total(jnp.where(z >= middle[:, None, None], weights, 0.0)) >= count
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-        low = jnp.full(batch, -SEARCH_RANGE, jnp.float32)
-        return jax.lax.fori_loop(0, SEARCH_STEPS, halve, (low, jnp.full(batch, 1e-6, jnp.float32)))[0]
-
-    def by_top_k(_: None) -> Array:
-        found = search(sampling.top_k.astype(jnp.float32), False, off)
-        return jnp.where(sampling.top_k > 0, found, off)
-
-    k_floor = jax.lax.cond(jnp.any(sampling.top_k > 0), by_top_k, lambda _: off, None)
+    by_k, kept, total = jax.lax.cond(
+        jnp.any(sampling.top_k > 0), by_top_k, lambda _: (off, weights, total), None
+    )
 
     def by_top_p(_: None) -> Array:
-        kept = _total(jnp.where(z >= k_floor[:, None, None], jnp.exp(z), 0.0))
-        found = search(sampling.top_p * kept, True, k_floor)
-        return jnp.where(sampling.top_p < 1, jnp.maximum(found, k_floor), k_floor)
+        # tokens lighter than this hold less than 1 - top_p even if they are all there are
+        low = jnp.log((1 - sampling.top_p) * total / size + math.exp(-SEARCH_RANGE))
+        found = _bisect(kept, kept, sampling.top_p * total, low, jnp.exp)
+        return jnp.where(sampling.top_p < 1, jnp.maximum(found, by_k), by_k)
 
-    floor = jax.lax.cond(jnp.any(sampling.top_p < 1), by_top_p, lambda _: k_floor, None)
-    return jnp.maximum(floor, jnp.where(sampling.min_p > 0, jnp.log(sampling.min_p), 2 * NEGATIVE))
+    found = jax.lax.cond(jnp.any(sampling.top_p < 1), by_top_p, lambda _: by_k, None)
+    return jnp.maximum(found, sampling.min_p)
 
 
 def invert(weights: Array, uniform: Array) -> Array:
@@ -178,12 +205,18 @@ def sample(logits: Array, sampling: Sampling, uniform: Array) -> Sampled:
     truncated = jnp.any((sampling.top_p < 1) | (sampling.top_k > 0) | (sampling.min_p > 0))
 
     def cut(_: None) -> tuple[Array, Array]:
-        kept = jnp.where(z >= threshold(z, sampling)[:, None, None], weights, 0.0)
+        least = threshold(weights, total, sampling)
+        kept = jnp.where(weights >= least[:, None, None], weights, 0.0)
         return kept, _total(kept)
 
     kept, kept_total = jax.lax.cond(truncated, cut, lambda _: (weights, total), None)
     token = jnp.minimum(invert(kept, uniform), vocab - 1)
-    token = jnp.where(greedy, jnp.argmax(logits, axis=1).astype(jnp.int32), token)
+    token = jax.lax.cond(  # an argmax over V costs more than a draw
+        jnp.any(greedy),
+        lambda token: jnp.where(greedy, jnp.argmax(logits, axis=1).astype(jnp.int32), token),
+        lambda token: token,
+        token,
+    )
 
     raw = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - peak
     raw_total = jax.lax.cond(
@@ -197,10 +230,14 @@ def sample(logits: Array, sampling: Sampling, uniform: Array) -> Sampled:
     return Sampled(token, behaviour, raw - jnp.log(raw_total), log_kept)
 
 
-def row_uniform(key: Array, uids: Array, positions: Array) -> Array:
-    """f32[B] in [0, 1): a draw that depends on (key, sequence uid, position) and on nothing else."""
+@partial(jax.jit, static_argnames=("count",))
+def row_uniforms(key: Array, uids: Array, first: Array, count: int) -> Array:
+    """f32[B, count] in [0, 1): a row's draws for its positions from `first` i32[B] on.
+
+    Each is fold_in(fold_in(key, uid), position): it depends on nothing else.
+    """
 
     def one(uid: Array, position: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, uid), position))
 
-    return jax.vmap(one)(uids, positions)
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(uids, first[:, None] + jnp.arange(count))

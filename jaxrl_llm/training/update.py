@@ -110,7 +110,8 @@ def policy_loss(c: ConfigDict, score: Callable[..., Scores]) -> Loss:
         )
         token_loss = token_loss * weights
         bonus, entropy = entropy_bonus(scores.entropy, mask)
-        token_loss = token_loss + c.loss.entropy_coef * bonus
+        if c.loss.entropy_coef:  # a gradient times 0 would be worked out all the same, over all logits
+            token_loss = token_loss + c.loss.entropy_coef * bonus
         metrics = metrics | corrections | entropy | ratio_statistics(logp, t.behaviour_logp, mask)
         if batch.ref_logp is not None:
             kl, kl_metrics = estimator(scores.logp, batch.ref_logp, mask, old_logp=old_logp + t.log_kept)

@@ -19,7 +19,7 @@ from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh
 CFG = ModelConfig(
     num_heads=4, num_kv_heads=2, attention_softcap=5.0, window=9, layer_kinds=("local", "global")
 )
-SCORES = re.compile(r"dot_general.*130x130x")
+SCORES = re.compile(r"dot_general.*64x64x")
 KINDS = {
     "global": dataclasses.replace(CFG, attention_softcap=None, window=None, layer_kinds=()),
     "softcap_mixed": CFG,

@@ -157,7 +157,7 @@ def test_growing_cache_width_and_chunks_change_nothing():
     tokens, lengths = make_prompts()
     whole = run(tokens=tokens, lengths=lengths, new=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoregressive, "widths", lambda slots, capacity: [slots + n for n in (8, 16, 40)])
+        patch.setattr(autoregressive, "rooms", lambda most: [8, 16, most])
         pieces = run(tokens=tokens, lengths=lengths, new=40, find_stop=lambda ids: None, check_every=5)
     assert np.array_equal(whole.tokens, pieces.tokens)
     np.testing.assert_allclose(whole.behaviour_logp, pieces.behaviour_logp, atol=1e-5)
