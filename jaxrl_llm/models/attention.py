@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from jaxrl_llm.parallel.sharding import ShardingRules
@@ -12,6 +13,9 @@ Array = jax.Array
 
 LANES = 128
 """Rows are padded to a multiple of this for the TPU kernel."""
+
+ATTENTION = "attention"
+"""Name of attention's outputs for `jax.checkpoint` policies."""
 
 CHUNK, MOST_CHUNKS = 64, 8
 """Queries that are attended together elsewhere, and how many such groups a row is cut into at most."""
@@ -105,7 +109,7 @@ def causal_attention(
             end = begin + size
             rows, seen = q[:, begin:end], mask[:, :, begin:end, :end]
             out.append(attention(rows, k[:, :end], v[:, :end], seen, scale=scale, softcap=softcap))
-        return jnp.concatenate(out, axis=1)
+        return checkpoint_name(jnp.concatenate(out, axis=1), ATTENTION)
 
     def tpu(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
@@ -168,6 +172,7 @@ def splash_rows(
             splash.MultiHeadMask([one] * heads),
             block_sizes=blocks,
             attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         return jax.vmap(kernel)(q, k, v, segments)

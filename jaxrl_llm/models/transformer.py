@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models import rope as rotary
-from jaxrl_llm.models.attention import causal_attention
+from jaxrl_llm.models.attention import ATTENTION, causal_attention
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import ParamSpec, Tree, map_specs
 from jaxrl_llm.parallel.sharding import ShardingRules, constrain
@@ -26,9 +26,12 @@ Attend = Callable[[Array, Array, Array], Array]
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    ),
 }
-"""What the backward pass keeps of a layer: everything, nothing, or the outputs of weight products."""
+"""What the backward pass keeps of a layer: everything, nothing, or what weight products and attention gave."""
 
 
 def layer_specs(cfg: ModelConfig) -> Tree:

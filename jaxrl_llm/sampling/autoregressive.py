@@ -216,7 +216,8 @@ def _advance(
     position = state.prompt_lengths + state.step
     prompt, own = jnp.arange(prompt_slots), jnp.arange(room)
     written = jnp.concatenate(
-        [prompt < state.prompt_lengths[:, None], jnp.broadcast_to(own <= state.step, (len(tokens), room))], axis=1
+        [prompt < state.prompt_lengths[:, None], jnp.broadcast_to(own <= state.step, (len(tokens), room))],
+        axis=1,
     )
     slot_positions = jnp.concatenate(
         [jnp.broadcast_to(prompt, (len(tokens), prompt_slots)), state.prompt_lengths[:, None] + own], axis=1
@@ -410,9 +411,7 @@ def generate(
     tokens, lengths, row_ids = (
         jax.device_put(np.asarray(x, np.int32), sharding) for x in (prompts, prompt_lengths, uids)
     )
-    uniforms = row_uniforms(
-        key, row_ids, jnp.repeat(lengths, num_generations), max_new_tokens
-    )
+    uniforms = row_uniforms(key, row_ids, jnp.repeat(lengths, num_generations), max_new_tokens)
     stages = rooms(max_new_tokens)
     state = prefill(
         prepared,

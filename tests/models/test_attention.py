@@ -65,12 +65,12 @@ def test_kernel_equals_dense(window, local, softcap, packed):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def loss(params, tokens, cfg, segment_ids=None, rules=None):
-    hidden = transformer.forward(params, tokens, cfg, segment_ids=segment_ids, rules=rules)
+def loss(params, tokens, cfg, segment_ids=None, rules=None, remat="none"):
+    hidden = transformer.forward(params, tokens, cfg, segment_ids=segment_ids, rules=rules, remat=remat)
     return hidden.astype(jnp.float32).mean()
 
 
-def lower(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130):
+def lower(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130, remat="none"):
     params = abstract(transformer.param_specs(cfg))
     tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
     if mesh is not None:
@@ -80,15 +80,15 @@ def lower(platform, cfg, *, segment_ids=None, rules=None, mesh=None, length=130)
 
         params = jax.tree.map(place, params, shardings(transformer.param_specs(cfg), mesh, rules))
         tokens = place(tokens, batch_sharding(mesh, rules))
-    step = jax.jit(jax.grad(loss), static_argnames=("cfg", "rules"))
-    return step.trace(params, tokens, cfg, segment_ids, rules).lower(lowering_platforms=(platform,))
+    step = jax.jit(jax.grad(loss), static_argnames=("cfg", "rules", "remat"))
+    return step.trace(params, tokens, cfg, segment_ids, rules, remat).lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS)
 def test_tpu_gets_the_kernel_and_others_do_not(cfg):
     segments = jax.ShapeDtypeStruct((4, 130), jnp.int32) if cfg.layer_kinds else None
-    tpu = lower("tpu", cfg, segment_ids=segments).as_text()
-    # forward, and the two kernels of the backward pass, for each kind of layer
+    tpu = lower("tpu", cfg, segment_ids=segments, remat="dots").as_text()
+    # forward, once, and the two kernels of the backward pass, for each kind of layer
     assert tpu.count("tpu_custom_call") == 3 * len(set(cfg.layer_kinds) or {"global"})
     assert not SCORES.search(tpu)
     cpu = lower("cpu", cfg, segment_ids=segments).as_text()

@@ -32,9 +32,14 @@ def linear_logprob(
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
     z = z / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)[:, None]
-    lse = jax.nn.logsumexp(z, axis=1)
-    log_probs = z - lse[:, None]
-    logp = jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+    peak = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
+    weights = jnp.exp(z - peak)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    lse = peak + jnp.log(total)
+    # a sum under a comparison, for the gradient of a lookup is a scatter
+    at_target = jnp.arange(z.shape[1])[None, :] == targets[:, None]
+    surprise = lse - z
+    logp = -jnp.sum(jnp.where(at_target, surprise, 0), axis=1)
     # -Σ p log p rather than lse - E[z], which cancels at large logits
-    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)
-    return LogprobStats(logp, entropy, lse)
+    entropy = jnp.sum(weights / total * surprise, axis=1)
+    return LogprobStats(logp, entropy, lse[:, 0])
