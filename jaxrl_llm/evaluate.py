@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             key=jobs.run_key(job, jobs.EVALUATE, 0),
             batch_prompts=c.eval.batch_prompts,
             correct_at=c.eval.correct_at,
-            sharding=job.rows,
+            rules=job.rules,
             tick=lambda done: tick(done, {}),
         )
     source = "the initial params" if step is None else f"step {step}"

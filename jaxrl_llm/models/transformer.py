@@ -31,7 +31,7 @@ REMAT: dict[str, Any] = {
         jax.checkpoint_policies.save_only_these_names(ATTENTION),
     ),
 }
-"""What the backward pass keeps of a layer: everything, nothing, or what weight products and attention gave."""
+"""What the backward pass keeps of a layer: all, nothing, or what weight products and attention gave."""
 
 
 def layer_specs(cfg: ModelConfig) -> Tree:

@@ -11,6 +11,7 @@ from jaxrl_llm.data.prompts import Prompt, bucket_length, ladder, pad
 from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules
 from jaxrl_llm.sampling.autoregressive import generate
 from jaxrl_llm.sampling.logits import sampling_params
 from jaxrl_llm.trajectory import Trajectories
@@ -88,7 +89,7 @@ def rollout(
     key: jax.Array,
     first_uid: int,
     policy_version: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
+    rules: ShardingRules | None = None,
 ) -> Rollout:
     """Samples `settings.num_generations` completions of every prompt.
 
@@ -97,7 +98,7 @@ def rollout(
       prompts: M prompts; row i·G + j of the result continues prompt i.
       key, first_uid: rows are numbered from `first_uid`; a row's draws depend on key and number alone.
       policy_version: written to every token.
-      sharding: how rows lie on the mesh; None = one device.
+      rules: how rows and heads lie on the mesh in context; None = one device.
     """
     rows = len(prompts) * settings.num_generations
     slots = bucket_length(
@@ -126,7 +127,7 @@ def rollout(
         stop_ids=tokenizer.eos_ids,
         policy_version=policy_version,
         find_stop=stop_finder(tokenizer, settings.stop_strings),
-        sharding=sharding,
+        rules=rules,
     )
     return with_texts(trajectories, [p for p in prompts for _ in range(settings.num_generations)], tokenizer)
 

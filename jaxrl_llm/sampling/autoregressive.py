@@ -29,6 +29,7 @@ from jaxrl_llm.models import transformer
 from jaxrl_llm.models.attention import attention, causal_mask
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 from jaxrl_llm.sampling.logits import Sampling, row_uniforms, sample
 from jaxrl_llm.trajectory import Trajectories, length_mask
 
@@ -38,7 +39,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """B = M·G rows in the middle of decoding. C = most new tokens, R = how many the cache has room for by now.
+    """B = M·G rows in the middle of decoding. C = most new tokens; R of them have room in the cache by now.
 
     Attributes:
       prompt_keys, prompt_values: per layer f[M, K, h, P] and f[M, K, P, h]; zero beyond a prompt.
@@ -84,7 +85,7 @@ def _kinds(cfg: ModelConfig) -> tuple[str, ...]:
     return cfg.layer_kinds or ("global",) * cfg.num_layers
 
 
-@partial(jax.jit, static_argnames=("cfg", "num_generations", "max_new_tokens", "room"))
+@partial(jax.jit, static_argnames=("cfg", "num_generations", "max_new_tokens", "room", "rules"))
 def prefill(
     prepared: Tree,
     tokens: Array,
@@ -94,6 +95,7 @@ def prefill(
     num_generations: int,
     max_new_tokens: int,
     room: int,
+    rules: ShardingRules | None = None,
 ) -> State:
     """Runs the prompts, once for all rows that continue them.
 
@@ -101,6 +103,7 @@ def prefill(
       prepared: from `prepare`.  tokens: i32[M, P] right-padded prompts.  lengths: i32[M], at least 1.
       num_generations: G rows per prompt; row i·G + j continues prompt i.
       max_new_tokens: C.  room: R, new tokens that the cache has slots for; `grow` makes more.
+      rules: as `generate`.
 
     Returns:
       `State` of B = M·G rows.
@@ -132,11 +135,16 @@ def prefill(
     batch = tokens.shape[0] * num_generations
     zeros = jnp.zeros((batch, max_new_tokens), jnp.float32)
     kv, width = cfg.num_kv_heads, cfg.head_dim
+
+    def empty(*sizes: int) -> Array:
+        # the compiler would keep a copy of constants on every device
+        return constrain(jnp.zeros((batch, kv, *sizes), dtype), ("batch", "kv_heads", None, None), rules)
+
     return State(
         prompt_keys=tuple(keys),
         prompt_values=tuple(values),
-        keys=(jnp.zeros((batch, kv, width, room), dtype),) * cfg.num_layers,
-        values=(jnp.zeros((batch, kv, room, width), dtype),) * cfg.num_layers,
+        keys=(empty(width, room),) * cfg.num_layers,
+        values=(empty(room, width),) * cfg.num_layers,
         hidden=repeat(last),
         prompt_lengths=repeat(lengths),
         step=jnp.zeros((), jnp.int32),
@@ -375,7 +383,7 @@ def generate(
     policy_version: int = 0,
     find_stop: Callable[[np.ndarray], int | None] | None = None,
     check_every: int = 32,
-    sharding: jax.sharding.Sharding | None = None,
+    rules: ShardingRules | None = None,
 ) -> Trajectories:
     """Samples `num_generations` completions of each prompt.
 
@@ -390,7 +398,7 @@ def generate(
       policy_version: written to every token.
       find_stop: given a row's new token ids i32[n], how many of them to keep if a stop string ends the
         row, else None. Called on the host every `check_every` tokens for rows that still run.
-      sharding: how rows lie on a mesh; None = on the default device.
+      rules: how rows and heads lie on the mesh in context; None = on the default device.
 
     Returns:
       `Trajectories` of M·G rows and P + C columns.
@@ -398,7 +406,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, or arguments of the wrong length.
     """
-    count, slots = prompts.shape
+    count = len(prompts)
     if np.min(prompt_lengths) < 1:
         raise ValueError(f"prompt {int(np.argmin(prompt_lengths))} is empty; a prompt needs a token")
     batch = count * num_generations
@@ -409,7 +417,8 @@ def generate(
         )
     ids = jnp.asarray([*stop_ids, -1], jnp.int32)
     tokens, lengths, row_ids = (
-        jax.device_put(np.asarray(x, np.int32), sharding) for x in (prompts, prompt_lengths, uids)
+        jax.device_put(np.asarray(x, np.int32), None if rules is None else rules.spec(("batch",)))
+        for x in (prompts, prompt_lengths, uids)
     )
     uniforms = row_uniforms(key, row_ids, jnp.repeat(lengths, num_generations), max_new_tokens)
     stages = rooms(max_new_tokens)
@@ -421,6 +430,7 @@ def generate(
         num_generations=num_generations,
         max_new_tokens=max_new_tokens,
         room=stages[0],
+        rules=rules,
     )
     step = 0
     for room in stages:

@@ -20,6 +20,9 @@ SEARCH_STEPS = 24
 SEARCH_RANGE = 40.0
 """Tokens more than this many nats below the most likely one are cut by any truncation: e^-40 of mass."""
 
+Bracket = tuple[Array, Array, Array, Array, Array]
+"""Steps taken, the two ends, and the sums at them."""
+
 
 class Sampling(NamedTuple):
     """Per-row sampling parameters, all traced: a new value never recompiles.
@@ -106,21 +109,26 @@ def _bisect(values: Array, weights: Array, least: Array, low: Array, one: Callab
     def total(log_threshold: Array) -> Array:
         return _total(jnp.where(weights >= jnp.exp(log_threshold)[:, None, None], values, 0.0))
 
-    def more(carry: tuple[Array, ...]) -> Array:
+    def more(carry: Bracket) -> Array:
         step, low, _, at_low, at_high = carry
         several = at_low - at_high >= 2 * one(low)  # tokens are left between the ends
         return (step < SEARCH_STEPS) & jnp.any(several)
 
-    def halve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def halve(carry: Bracket) -> Bracket:
         step, low, high, at_low, at_high = carry
         middle = 0.5 * (low + high)
         at = total(middle)
         enough = at >= least
-        ends = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-        return step + 1, *ends, jnp.where(enough, at, at_low), jnp.where(enough, at_high, at)
+        return (
+            step + 1,
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, at, at_low),
+            jnp.where(enough, at_high, at),
+        )
 
     high = jnp.full_like(low, 1e-6)
-    start = jnp.zeros((), jnp.int32), low, high, total(low), jnp.zeros_like(least)
+    start = (jnp.zeros((), jnp.int32), low, high, total(low), jnp.zeros_like(least))
     return jnp.exp(jax.lax.while_loop(more, halve, start)[1])
 
 

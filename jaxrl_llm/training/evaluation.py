@@ -12,6 +12,7 @@ from jaxrl_llm.data.prompts import Prompt
 from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules
 from jaxrl_llm.rewards.pool import RewardPool
 from jaxrl_llm.rollouts.single_turn import Rollout, Settings, rollout
 from jaxrl_llm.training.rewarding import total_rewards
@@ -103,13 +104,13 @@ def evaluate(
     key: jax.Array,
     batch_prompts: int,
     correct_at: float,
-    sharding: jax.sharding.Sharding | None = None,
+    rules: ShardingRules | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, float], list[Rollout], np.ndarray]:
     """Samples every prompt and scores what comes out.
 
     Args:
-      prepared, cfg, tokenizer, settings, key, sharding: as `rollout`.  prompts: M.
+      prepared, cfg, tokenizer, settings, key, rules: as `rollout`.  prompts: M.
       pool, weights: the reward functions, and the weight of each in the total.
       batch_prompts: prompts per batch; the last batch is filled up, so that no shape is compiled twice.
       correct_at: as `summarize`.  tick: called with the number of prompts done.
@@ -132,7 +133,7 @@ def evaluate(
             settings,
             key=key,
             first_uid=start * k,
-            sharding=sharding,
+            rules=rules,
         )
         out = Rollout(
             out.trajectories.take(jnp.arange(real * k)),

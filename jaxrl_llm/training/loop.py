@@ -238,7 +238,7 @@ def run(job: Job, workdir: Path) -> None:
                     key=run_key(job, EVALUATE, 0),
                     batch_prompts=c.eval.batch_prompts,
                     correct_at=c.eval.correct_at,
-                    sharding=job.rows,
+                    rules=job.rules,
                 )
             host.accuracy = numbers["eval/accuracy"]
             return numbers

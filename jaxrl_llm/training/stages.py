@@ -136,7 +136,7 @@ def draw(
             key=run_key(job, SAMPLE, 0),
             first_uid=host.uid,
             policy_version=version,
-            sharding=job.rows,
+            rules=job.rules,
         )
         host.uid += len(out.completions)
     with timed(timings, "reward"):

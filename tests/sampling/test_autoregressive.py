@@ -13,6 +13,7 @@ from jaxrl_llm.models import params as params_lib
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.scoring import score
+from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
 from jaxrl_llm.sampling import autoregressive
 from jaxrl_llm.sampling.autoregressive import generate, prepare
 from jaxrl_llm.sampling.logits import Sampling, invert, sample, sampling_params
@@ -161,6 +162,42 @@ def test_growing_cache_width_and_chunks_change_nothing():
         pieces = run(tokens=tokens, lengths=lengths, new=40, find_stop=lambda ids: None, check_every=5)
     assert np.array_equal(whole.tokens, pieces.tokens)
     np.testing.assert_allclose(whole.behaviour_logp, pieces.behaviour_logp, atol=1e-5)
+
+
+def test_a_mesh_draws_what_one_device_draws_and_shares_out_the_cache():
+    tokens, lengths = make_prompts((3, 9, 1, 12))
+    alone = run(tokens=tokens, lengths=lengths)
+    rules, specs = ShardingRules(vocab=None), transformer.param_specs(TINY)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(make_params(TINY), shardings(specs, mesh, rules))
+        prepared = prepare(placed, TINY)
+        spread = generate(
+            prepared,
+            TINY,
+            tokens,
+            lengths,
+            num_generations=3,
+            max_new_tokens=10,
+            sampling=sampling_params(12),
+            key=jax.random.key(5),
+            uids=np.arange(12),
+            stop_ids=(),
+            rules=rules,
+        )
+        state = autoregressive.prefill(
+            prepared,
+            *(jax.device_put(x, rules.spec(("batch",))) for x in (tokens, lengths)),
+            TINY,
+            num_generations=3,
+            max_new_tokens=10,
+            room=10,
+            rules=rules,
+        )
+    assert np.array_equal(alone.tokens, spread.tokens)
+    np.testing.assert_allclose(alone.behaviour_logp, spread.behaviour_logp, atol=1e-5)
+    for cache in (*state.prompt_keys, *state.prompt_values, *state.keys, *state.values):
+        assert cache.addressable_shards[0].data.size == cache.size // 8
 
 
 def test_stop_string_cuts_the_row_where_it_appears():
