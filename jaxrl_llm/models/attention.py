@@ -22,24 +22,29 @@ CHUNK, MOST_CHUNKS = 64, 8
 
 
 def causal_mask(
-    positions: Array, segment_ids: Array | None = None, window: Array | int | None = None
+    positions: Array,
+    segment_ids: Array | None = None,
+    window: Array | int | None = None,
+    queries: int | None = None,
 ) -> Array:
-    """Which keys each query sees in a row of tokens.
+    """Which keys each query sees in a row of S tokens.
 
     Args:
-      positions: i32[N, T] position of each token in its own sequence.
-      segment_ids: i32[N, T] which packed sequence a token belongs to; None = one per row.
+      positions: i32[N, S] position of each token in its own sequence.
+      segment_ids: i32[N, S] which packed sequence a token belongs to; None = one per row.
       window: a token sees itself and window-1 tokens before it; None = all before it.
+      queries: T, how many of the last tokens ask; None = all.
 
     Returns:
-      bool[N, 1, T, T], True where the query (second to last axis) sees the key.
+      bool[N, 1, T, S], True where the query (second to last axis) sees the key.
     """
-    query, key = positions[:, None, :, None], positions[:, None, None, :]
+    first = 0 if queries is None else positions.shape[1] - queries
+    query, key = positions[:, None, first:, None], positions[:, None, None, :]
     mask = key <= query
     if window is not None:
         mask &= key > query - window
     if segment_ids is not None:
-        mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mask &= segment_ids[:, None, first:, None] == segment_ids[:, None, None, :]
     return mask
 
 
@@ -79,16 +84,16 @@ def causal_attention(
     softcap: float | None,
     rules: ShardingRules | None,
 ) -> Array:
-    """Causal self-attention of rows, with a window where the layer is local.
+    """Causal attention of the last T tokens of rows over all S, with a window where the layer is local.
 
     On TPU this is JAX's splash-attention kernel, which never forms the T×T scores; elsewhere `attention`
     over a dense mask. The choice is made at lowering: a program compiled for a TPU gets the kernel wherever
     it is compiled. (Each branch leaves zeros for what the other one keeps for its gradient; XLA drops them.)
 
     Args:
-      q: f[N, T, H, h];  k, v: f[N, T, K, h] with K dividing H.
-      positions: i32[N, T], counting up by one within each sequence.
-      segment_ids: i32[N, T] which packed sequence (contiguous) a token belongs to; None = one per row.
+      q: f[N, T, H, h];  k, v: f[N, S, K, h] with K dividing H.
+      positions: i32[N, S], counting up by one within each sequence.
+      segment_ids: i32[N, S] which packed sequence (contiguous) a token belongs to; None = one per row.
       local: bool[], whether `window` applies to this layer; None = it does if there is one.
       window: a token sees itself and window-1 tokens before it; None = all before it.
       scale, softcap: as `attention`.
@@ -101,14 +106,16 @@ def causal_attention(
     def dense(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
     ) -> Array:
-        width = window if local is None or window is None else jnp.where(local, window, q.shape[1])
-        mask = causal_mask(positions, segments, width)
-        size = max(CHUNK, -(-q.shape[1] // MOST_CHUNKS))
+        queries, keys = q.shape[1], k.shape[1]
+        width = window if local is None or window is None else jnp.where(local, window, keys)
+        mask = causal_mask(positions, segments, width, queries)
+        size = max(CHUNK, -(-queries // MOST_CHUNKS))
         out = []
-        for begin in range(0, q.shape[1], size):  # keys after a query's chunk are never looked at
+        for begin in range(0, queries, size):  # keys after a query's chunk are never looked at
             end = begin + size
-            rows, seen = q[:, begin:end], mask[:, :, begin:end, :end]
-            out.append(attention(rows, k[:, :end], v[:, :end], seen, scale=scale, softcap=softcap))
+            last = keys - queries + end
+            rows, seen = q[:, begin:end], mask[:, :, begin:end, :last]
+            out.append(attention(rows, k[:, :last], v[:, :last], seen, scale=scale, softcap=softcap))
         return checkpoint_name(jnp.concatenate(out, axis=1), ATTENTION)
 
     def tpu(
@@ -145,29 +152,41 @@ def splash_rows(
       interpret: emulate the kernel, to test it on other devices.
     """
     _, length, heads, _ = q.shape
-    padding = -length % LANES  # after the last token, so causality hides it
-    size = length + padding
-    block = next(b for b in (512, 256, 128) if size % b == 0)
+    before = k.shape[1] - length
+    if before and segment_ids is None:
+        segment_ids = jnp.ones(k.shape[:2], jnp.int32)
+    # after the last token causality hides padding; before the first, its segment does
+    room = -before % LANES, -length % LANES
+    offset = before + room[0]
+
+    def block(size: int) -> int:
+        return next(b for b in (512, 256, 128) if size % b == 0)
+
+    block_q, block_kv = block(length + room[1]), block(offset + length + room[1])
     blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
     )
 
-    def by_head(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    def by_head(x: Array, first: int) -> Array:
+        return jnp.pad(x, ((0, 0), (first, room[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     segments = None
     if segment_ids is not None:
-        padded = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-        segments = splash.SegmentIds(padded, padded)
+        padded = jnp.pad(segment_ids, ((0, 0), room))
+        segments = splash.SegmentIds(padded[:, offset:], padded)
 
     def run(window: int | None, q: Array, k: Array, v: Array) -> Array:
-        shape = (size, size)
-        one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+        shape = q.shape[2], k.shape[2]
+        one = (
+            splash.CausalMask(shape, offset)
+            if window is None
+            else splash.LocalMask(shape, (window - 1, 0), offset)
+        )
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([one] * heads),
             block_sizes=blocks,
@@ -177,7 +196,7 @@ def splash_rows(
         )
         return jax.vmap(kernel)(q, k, v, segments)
 
-    args = by_head(q * scale), by_head(k), by_head(v)
+    args = by_head(q * scale, 0), by_head(k, room[0]), by_head(v, room[0])
     if window is None or local is None:
         out = run(window, *args)
     else:

@@ -47,7 +47,7 @@ def score(
     Returns:
       `Scores`.
     """
-    rows, width = tokens.shape
+    width = tokens.shape[1]
     hidden = transformer.forward(
         params,
         tokens,
@@ -63,19 +63,79 @@ def score(
     # a stable sort of "not wanted" lists each row's wanted columns first, in order
     columns = jnp.argsort(~wanted, axis=1, stable=True)[:, :size]
     picked = jnp.take_along_axis(hidden[:, :-1], columns[:, :, None], axis=1)
-    targets = jnp.take_along_axis(tokens[:, 1:], columns, axis=1)
+    return _scores(params, picked, tokens, mask, columns + 1, cfg, temperature)
+
+
+def score_groups(
+    params: Tree,
+    tokens: Array,
+    mask: Array,
+    cfg: ModelConfig,
+    *,
+    group_size: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    temperature: Array | float = 1.0,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    rules: ShardingRules | None = None,
+) -> Scores:
+    """`score` of rows that begin with a common prompt, which is computed once for all of them.
+
+    The prompt of consecutive rows is what they have in common before the first masked token of any.
+
+    Args:
+      params, tokens i32[N, T], mask, cfg, temperature, dtype, remat, rules: as `score`.
+      group_size: G dividing N; rows i·G to i·G + G - 1 share a prompt.
+      max_prompt_length: P, at least the length of every prompt.
+      max_completion_length: C; masked tokens stand among the C that follow the prompt.
+
+    Returns:
+      `Scores`; all NaN if a masked token stands elsewhere, rather than a score that was left out.
+    """
+    width = tokens.shape[1]
+    groups = tokens.reshape(-1, group_size, width)
+    common = jnp.all(groups == groups[:, :1], axis=1) & ~jnp.any(mask.reshape(groups.shape), axis=1)
+    lengths = jnp.sum(jnp.cumprod(common[:, :max_prompt_length], axis=1), axis=1)
+    from_right = jnp.arange(max_prompt_length) - max_prompt_length + lengths[:, None]
+    prompts = jnp.take_along_axis(groups[:, 0], jnp.maximum(from_right, 0), axis=1)
+    columns = jnp.repeat(lengths, group_size)[:, None] + jnp.arange(max_completion_length)
+    own = jnp.take_along_axis(tokens, jnp.minimum(columns, width - 1), axis=1)
+    prompt, hidden = transformer.forward_groups(
+        params, prompts, lengths, own, cfg, dtype=dtype, remat=remat, rules=rules
+    )
+    last = jnp.repeat(prompt[:, -1:], group_size, axis=0)
+    hidden = jnp.concatenate([last, hidden[:, :-1]], axis=1)  # what predicts each token stands before it
+    scores = _scores(params, hidden, tokens, mask, columns, cfg, temperature)
+    reached = jnp.sum(mask) == jnp.sum(mask & (jnp.arange(width) <= columns[:, -1:]))
+    return Scores(*(jnp.where(reached, x, jnp.nan) for x in scores))
+
+
+def _scores(
+    params: Tree,
+    hidden: Array,
+    tokens: Array,
+    mask: Array,
+    columns: Array,
+    cfg: ModelConfig,
+    temperature: Array | float,
+) -> Scores:
+    """Scores of the tokens in `columns` i32[N, C] (no two alike) from the states f[N, C, D] before them."""
+    (rows, width), size = tokens.shape, columns.shape[1]
+    inside = jnp.minimum(columns, width - 1)
     stats = linear_logprob(
-        picked.reshape(rows * size, -1),
+        hidden.reshape(rows * size, -1),
         transformer.head(params),
-        targets.reshape(-1),
+        jnp.take_along_axis(tokens, inside, axis=1).reshape(-1),
         temperature=jnp.repeat(jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), rows), size),
         softcap=cfg.logit_softcap,
     )
-    kept = jnp.take_along_axis(wanted, columns, axis=1)
+    kept = jnp.take_along_axis(mask, inside, axis=1)
     index = jnp.arange(rows)[:, None]
 
     def place(x: Array) -> Array:
         values = jnp.where(kept, x.reshape(rows, size), 0)
-        return jnp.zeros((rows, width), x.dtype).at[index, columns + 1].set(values, unique_indices=True)
+        placed = jnp.zeros((rows, width), x.dtype)
+        return placed.at[index, columns].set(values, mode="drop", unique_indices=True)
 
     return Scores(place(stats.logp), place(stats.entropy))

@@ -7,7 +7,6 @@ cache; both run the same layer.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -230,35 +229,117 @@ def forward(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = constrain(embed(params, tokens, cfg, dtype, rules), ("batch", "length", None), rules)
     ropes = rope_tables(cfg, positions)
-    mixed = len(ropes) > 1
-    attend_row = partial(
-        causal_attention,
-        window=cfg.window if "local" in ropes else None,
-        scale=score_scale(cfg),
-        softcap=cfg.attention_softcap,
-        rules=rules,
-    )
 
-    def step(x: Array, scanned: tuple[Tree, Array]) -> tuple[Array, None]:
-        layer, local = scanned
-        if mixed:
-            rope = jax.tree.map(lambda a, b: jnp.where(local, a, b), ropes["local"], ropes["global"])
-        else:
-            (rope,) = ropes.values()
+    def layer(weights: Tree, local: Array, x: Array) -> Array:
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return _attend_row(cfg, rules)(q, k, v, positions, segment_ids, local)
+
+        x = block(weights, x, cfg, _rope_of(ropes, local), attend)
+        return constrain(x, ("batch", "length", None), rules)
+
+    x = constrain(embed(params, tokens, cfg, dtype, rules), ("batch", "length", None), rules)
+    return rms_norm(_scan_layers(params, cfg, layer, x, remat), params["final_norm"], cfg)
+
+
+def forward_groups(
+    params: Tree,
+    prompts: Array,
+    prompt_lengths: Array,
+    tokens: Array,
+    cfg: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    rules: ShardingRules | None = None,
+) -> tuple[Array, Array]:
+    """`forward` of rows that continue a common prompt, which is computed once for all of them.
+
+    Args:
+      prompts: i32[M, P], each ending in the last column, where its continuations begin; what stands before
+        it is not looked at.
+      prompt_lengths: i32[M].
+      tokens: i32[N, C]; row i continues prompt i·M//N. Padded on the right.
+      params, cfg, dtype, remat, rules: as `forward`.
+
+    Returns:
+      Hidden states f[M, P, D] of the prompts and f[N, C, D] of the continuations.
+    """
+    slots, width = prompts.shape[1], tokens.shape[1]
+
+    def spread(x: Array) -> Array:
+        return jnp.repeat(x, len(tokens) // len(prompts), axis=0)
+
+    columns = jnp.arange(slots, dtype=jnp.int32) - slots + prompt_lengths[:, None]
+    positions, segments = jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
+    own = spread(prompt_lengths)[:, None] + jnp.arange(width, dtype=jnp.int32)
+    both_positions = jnp.concatenate([spread(positions), own], axis=1)
+    both_segments = jnp.concatenate([spread(segments), jnp.ones_like(own)], axis=1)
+    ropes, own_ropes = rope_tables(cfg, positions), rope_tables(cfg, own)
+    axes = ("batch", "length", None)
+
+    def layer(weights: Tree, local: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        prompt, x = carry
+        seen: list[Array] = []
+
+        def attend_prompt(q: Array, k: Array, v: Array) -> Array:
+            seen.extend((k, v))
+            return _attend_row(cfg, rules)(q, k, v, positions, segments, local)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return attend_row(q, k, v, positions, segment_ids, local if mixed else None)
+            k, v = (jnp.concatenate([spread(a), b], axis=1) for a, b in zip(seen, (k, v)))
+            return _attend_row(cfg, rules)(q, k, v, both_positions, both_segments, local)
 
-        x = block(layer, x, cfg, rope, attend)
-        return constrain(x, ("batch", "length", None), rules), None
+        prompt = block(weights, prompt, cfg, _rope_of(ropes, local), attend_prompt)
+        x = block(weights, x, cfg, _rope_of(own_ropes, local), attend)
+        return constrain(prompt, axes, rules), constrain(x, axes, rules)
+
+    start = tuple(constrain(embed(params, x, cfg, dtype, rules), axes, rules) for x in (prompts, tokens))
+    prompt, x = _scan_layers(params, cfg, layer, start, remat)
+    return rms_norm(prompt, params["final_norm"], cfg), rms_norm(x, params["final_norm"], cfg)
+
+
+def _rope_of(ropes: dict[str, tuple[Array, Array]], local: Array) -> tuple[Array, Array]:
+    """The table of a layer that is local or not."""
+    if len(ropes) > 1:
+        return jax.tree.map(lambda a, b: jnp.where(local, a, b), ropes["local"], ropes["global"])
+    (rope,) = ropes.values()
+    return rope
+
+
+def _attend_row(cfg: ModelConfig, rules: ShardingRules | None) -> Callable[..., Array]:
+    """`causal_attention` of this model: (q, k, v, positions, segment_ids, local) -> f[N, T, H, h]."""
+    kinds = set(cfg.layer_kinds)
+
+    def attend(q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array) -> Array:
+        return causal_attention(
+            q,
+            k,
+            v,
+            positions,
+            segments,
+            local if len(kinds) > 1 else None,
+            window=cfg.window if "local" in kinds else None,
+            scale=score_scale(cfg),
+            softcap=cfg.attention_softcap,
+            rules=rules,
+        )
+
+    return attend
+
+
+def _scan_layers(
+    params: Tree, cfg: ModelConfig, layer: Callable[[Tree, Array, Any], Any], x: Any, remat: str
+) -> Any:
+    """Applies `layer(weights, is_local, x)` for every layer in turn."""
+
+    def step(x: Any, scanned: tuple[Tree, Array]) -> tuple[Any, None]:
+        return layer(*scanned, x), None
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     local = jnp.array([kind == "local" for kind in cfg.layer_kinds or ("global",) * cfg.num_layers])
-    x, _ = jax.lax.scan(step, x, (params["layers"], local))
-    return rms_norm(x, params["final_norm"], cfg)
+    return jax.lax.scan(step, x, (params["layers"], local))[0]
 
 
 def cap_logits(logits: Array, cfg: ModelConfig) -> Array:

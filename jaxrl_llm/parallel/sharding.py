@@ -144,6 +144,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: ShardingRules | N
     return jax.lax.with_sharding_constraint(x, partition)
 
 
+def num_pieces(axis: str, rules: ShardingRules | None) -> int:
+    """Into how many pieces a logical axis is cut on the mesh in context; 1 where rules is None."""
+    if rules is None:
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in _as_tuple(getattr(rules, axis)))
+
+
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """How arrays whose first dimension is the batch are fed: [N, ...] with N spread as `rules.batch` says."""
     return NamedSharding(mesh, rules.spec(("batch",)))

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxrl_llm.data.order import Cursor
+from jaxrl_llm.data.rows import MalformedRow
 from jaxrl_llm.losses import Metrics, finalize, merge
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.params import Tree
@@ -22,10 +23,20 @@ from jaxrl_llm.rewards.pool import RewardPool
 from jaxrl_llm.sampling.autoregressive import prepare
 from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints, check_config
 from jaxrl_llm.training.evaluation import evaluate
-from jaxrl_llm.training.groups import collect
-from jaxrl_llm.training.job import EVALUATE, SHUFFLE, Job, export, initial_params, reward_specs, run_key
+from jaxrl_llm.training.groups import DegenerateBatch, collect
+from jaxrl_llm.training.job import (
+    EVALUATE,
+    SHUFFLE,
+    Job,
+    export,
+    initial_params,
+    reward_specs,
+    run_key,
+    supervised_length,
+)
 from jaxrl_llm.training.plots import plot
 from jaxrl_llm.training.progress import progress
+from jaxrl_llm.training.rewarding import RewardError
 from jaxrl_llm.training.stages import (
     Host,
     compute_advantages,
@@ -50,12 +61,22 @@ from jaxrl_llm.training.update import (
     make_scorer,
     make_update,
     policy_loss,
+    policy_scorer,
     scorer,
     supervised_loss,
 )
 from jaxrl_llm.training.writers import open_writer, read_metrics
 
-MAY_CHANGE = ("num_steps", "eval", "checkpoint", "log", "reward.timeout", "reward.workers", "mesh")
+MAY_CHANGE = (
+    "num_steps",
+    "eval",
+    "checkpoint",
+    "log",
+    "reward.timeout",
+    "reward.workers",
+    "reward.memory_gib",
+    "mesh",
+)
 """Keys that a resumed run may set anew; a changed num_steps changes a schedule that runs to its end."""
 
 SHOWN = ("reward", "eval/accuracy", "completions/mean_length", "entropy", "loss", "tokens_per_second/decode")
@@ -68,6 +89,22 @@ class Stopped(Exception):
 
 class NonFinite(RuntimeError):
     """Loss or gradient stayed NaN or infinite; the last good state is saved."""
+
+
+class WriteError(RuntimeError):
+    """A file of the workdir cannot be written; the checkpoints that were saved before stand."""
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into one `WriteError`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"cannot write in {workdir}: {error}. Stopped; make room there, or choose a folder that can be "
+            "written: the same command goes on from the newest checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -83,10 +120,15 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def handle(number: int, _: Any) -> None:
         nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = asked and number == signal.SIGINT
         asked = True
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        what = (
+            "stopping at once; the newest checkpoint stands" if again else "finishing this step, then saving"
+        )
+        with contextlib.suppress(RuntimeError):  # in the middle of another print, which cannot be re-entered
+            print(f"\n{signal.Signals(number).name}: {what}", flush=True)
+        if again:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -168,8 +210,8 @@ def start(
     # a checkpoint at the border of the stages already has the optimizer of the next one
     optimizer = supervised if latest < c.supervised.num_steps else rl
     abstract = abstract_state(specs_of(job), optimizer, placed_state(job, optimizer))
+    check_config(checkpoints.host(latest)["config"], c.to_dict(), ignore=MAY_CHANGE)
     state, saved = checkpoints.restore(abstract, latest)
-    check_config(saved["config"], c.to_dict(), ignore=MAY_CHANGE)
     return state, Host.load(saved["host"]), latest
 
 
@@ -180,28 +222,37 @@ def run(job: Job, workdir: Path) -> None:
       Stopped: Ctrl-C or SIGTERM, after saving.
       NonFinite: too many updates in a row were not finite; the last good state is saved.
       ConfigMismatch, CheckpointError: the workdir cannot be resumed.
+      WriteError: the workdir cannot be written.
+      MalformedRow, RewardError, DegenerateBatch: no step can be made of the data or their rewards; saved.
     """
     c = job.config
     rl_begins, end = c.supervised.num_steps, c.supervised.num_steps + c.num_steps
     rows = c.rollout.prompts_per_step * c.rollout.num_generations
     updates = c.num_steps * c.train.num_iterations * c.train.num_minibatches
     optimizers = make_optimizer(c.supervised.optimizer, rl_begins), make_optimizer(c.optimizer, updates)
-    score = scorer(c, job.cfg, job.rules)
+    score = policy_scorer(c, job.cfg, job.rules)
     timings: dict[str, float] = {}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(job.mesh))
         stopping = stack.enter_context(stop_requests())
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best
+        with writing(workdir):
+            checkpoints = stack.enter_context(
+                Checkpoints(
+                    workdir / "checkpoints",
+                    keep_last=c.checkpoint.keep_last,
+                    keep_best=c.checkpoint.keep_best,
+                )
             )
-        )
         state, host, restored = start(job, checkpoints, optimizers)
-        writer = open_writer(workdir, restored)
-        stack.callback(writer.close)
-        if restored is None:
-            writer.write_hparams(c.to_dict())
+        with writing(workdir):
+            try:
+                writer = open_writer(workdir, restored)
+            except ValueError as error:
+                raise CheckpointError(f"{error}; mend that line, or move the file away") from error
+            stack.callback(writer.close)
+            if restored is None:
+                writer.write_hparams(c.to_dict())
         pool = None
         if c.reward.functions:
             pool = stack.enter_context(
@@ -223,6 +274,20 @@ def run(job: Job, workdir: Path) -> None:
                 if wait:
                     raise
                 print(f"\nWARNING: {error}\nTraining goes on; the next save is tried again.", flush=True)
+
+        @contextlib.contextmanager
+        def saved_if_refused(before: Host) -> Iterator[None]:
+            """Saves the state as the step found it, `before`, where data or rewards do not let it begin."""
+            nonlocal host
+            try:
+                yield
+            except (MalformedRow, RewardError, DegenerateBatch) as error:
+                host = before
+                save(wait=True)
+                error.add_note(
+                    f"Saved at step {host.step} of {end}: once this is mended, the same command goes on."
+                )
+                raise
 
         def evaluate_now() -> dict[str, float]:
             assert pool is not None
@@ -259,22 +324,23 @@ def run(job: Job, workdir: Path) -> None:
                     "lower the learning rate, or look at the rewards and completions of the last steps"
                 )
             if step % c.log.every == 0 or step in (rl_begins, end) or "eval/accuracy" in numbers:
-                writer.write_scalars(step, numbers | timings | {"skipped_updates": float(state.skipped)})
+                with writing(workdir):
+                    writer.write_scalars(step, numbers | timings | {"skipped_updates": float(state.skipped)})
             timings.clear()
-            if stopping() or step in (rl_begins, end) or step % c.checkpoint.every == 0:
-                save(wait=stopping() or step == end)
-            if stopping() and step < end:
+            stop = stopping()  # asked once: what is not saved below is not said to be
+            if stop or step in (rl_begins, end) or step % c.checkpoint.every == 0:
+                save(wait=stop or step == end)
+            if stop and step < end:
                 raise Stopped(f"saved at step {step} of {end}; the same command goes on from there")
 
         # --- supervised: the warm start, or the whole run
         if host.step < rl_begins:
             rate = schedule(c.supervised.optimizer, rl_begins)
-            update = make_update(supervised_loss(score), optimizers[0], rate)
-            length = c.supervised.max_length or c.data.max_prompt_length + c.rollout.max_completion_length
+            update = make_update(supervised_loss(scorer(c, job.cfg, job.rules)), optimizers[0], rate)
             with progress(total=rl_begins, title="supervised") as tick:
                 while host.step < rl_begins:
-                    with timed(timings, "prompts"):
-                        examples = next_examples(job, host, c.supervised.batch_rows, length)
+                    with timed(timings, "prompts"), saved_if_refused(host):
+                        examples = next_examples(job, host, c.supervised.batch_rows, supervised_length(c))
                     with timed(timings, "update"):
                         state, metrics = update(state, jax.device_put(examples, job.rows))
                         numbers = finalize(metrics)
@@ -287,7 +353,9 @@ def run(job: Job, workdir: Path) -> None:
                     tick(host.step, {k: numbers[k] for k in SHOWN if k in numbers})
         elif host.step == 0 and restored is None:
             if job.eval_prompts:
-                writer.write_scalars(0, evaluate_now())
+                numbers = evaluate_now()
+                with writing(workdir):
+                    writer.write_scalars(0, numbers)
             save()
 
         # --- reinforcement learning
@@ -299,7 +367,7 @@ def run(job: Job, workdir: Path) -> None:
                 schedule(c.optimizer, updates),
                 pieces=num_pieces(c.train, rows // c.train.num_minibatches),
             )
-            logp = make_scorer(score, c.rollout.max_completion_length, pieces=num_pieces(c.train, rows))
+            logp = make_scorer(score, pieces=num_pieces(c.train, rows))
             is_corrected = c.loss.importance_sampling_correction != "none"
             assert pool is not None
             with progress(total=c.num_steps, title="RL", start=host.step - rl_begins) as tick:
@@ -307,13 +375,14 @@ def run(job: Job, workdir: Path) -> None:
                     with timed(timings, "prepare"):
                         prepared = prepare(state.params, job.cfg, job.dtype)
                         version = int(state.version)
-                    scored = collect(
-                        lambda: draw(job, host, prepared, pool, version, timings),  # noqa: B023
-                        num_groups=c.rollout.prompts_per_step,
-                        group_size=c.rollout.num_generations,
-                        max_attempts=c.rollout.max_attempts,
-                        on_degenerate=c.rollout.on_degenerate,
-                    )
+                    with saved_if_refused(dataclasses.replace(host)):
+                        scored = collect(
+                            lambda: draw(job, host, prepared, pool, version, timings),  # noqa: B023
+                            num_groups=c.rollout.prompts_per_step,
+                            group_size=c.rollout.num_generations,
+                            max_attempts=c.rollout.max_attempts,
+                            on_degenerate=c.rollout.on_degenerate,
+                        )
                     if scored is None:
                         finish_step({"rollout/skipped": 1.0})
                         continue
@@ -337,16 +406,18 @@ def run(job: Job, workdir: Path) -> None:
                     done = host.step - rl_begins
                     every = c.log.completions_every
                     if every and (done % every == 0 or host.step + 1 == end):
-                        save_completions(workdir, host.step + 1, scored, advantages)
+                        with writing(workdir):
+                            save_completions(workdir, host.step + 1, scored, advantages)
                     finish_step(numbers)
                     tick(host.step - rl_begins, {k: numbers[k] for k in SHOWN if k in numbers})
 
         # --- what remains of the run
-        if c.checkpoint.export:
-            export(job, state.params, workdir / "export")
-        writer.flush()
-        if c.log.plots:
-            plot([workdir], workdir / "plots")
+        with writing(workdir):
+            if c.checkpoint.export:
+                export(job, state.params, workdir / "export")
+            writer.flush()
+            if c.log.plots:
+                plot([workdir], workdir / "plots")
 
 
 def results(job: Job, workdir: Path) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ over micro-batches and divided once by the added weights, so that accumulation c
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,8 +31,8 @@ from jaxrl_llm.losses import (
 )
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.models.scoring import Scores, score
-from jaxrl_llm.parallel.sharding import ShardingRules
+from jaxrl_llm.models.scoring import Scores, score, score_groups
+from jaxrl_llm.parallel.sharding import ShardingRules, num_pieces
 from jaxrl_llm.training.config import accepted, lookup
 from jaxrl_llm.training.state import TrainState
 from jaxrl_llm.trajectory import Trajectories
@@ -77,23 +78,61 @@ def scorer(c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None) -> Call
     return partial(score, cfg=cfg, dtype=dtype, remat=c.model.remat, rules=rules)
 
 
-def policy_scores(score: Callable[..., Scores], params: Tree, t: Trajectories, max_targets: int) -> Scores:
-    """Tempered log-probs and entropies of the action tokens."""
-    return score(params, t.tokens, t.action_mask, temperature=t.temperature, max_targets=max_targets)
+def policy_scorer(
+    c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None
+) -> Callable[[Tree, Trajectories], Scores]:
+    """Tempered log-probs and entropies of the action tokens of rows in groups that share a prompt.
+
+    The prompt is computed once for its rows where that is less work, and the rows are in order.
+    """
+    prompt, completion = c.data.max_prompt_length, c.rollout.max_completion_length
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(c.model.compute_dtype),
+        "remat": c.model.remat,
+        "rules": rules,
+    }
+
+    def scores(params: Tree, t: Trajectories) -> Scores:
+        rows, width = t.tokens.shape
+        size = 1 if c.train.num_minibatches > 1 else shared(rows, c.rollout.num_generations, rules)
+        args = params, t.tokens, t.action_mask, cfg
+        if min(prompt, width) + size * completion >= size * width:
+            return score(*args, temperature=t.temperature, max_targets=completion, **options)
+        return score_groups(
+            *args,
+            group_size=size,
+            max_prompt_length=min(prompt, width),
+            max_completion_length=completion,
+            temperature=t.temperature,
+            **options,
+        )
+
+    return scores
 
 
-def policy_loss(c: ConfigDict, score: Callable[..., Scores]) -> Loss:
+def shared(rows: int, group_size: int, rules: ShardingRules | None) -> int:
+    """How many consecutive rows of a micro-batch can share one prompt.
+
+    Whole groups if they fit; parts of them where a micro-batch, or a device's part of it, is smaller.
+    """
+    devices = num_pieces("batch", rules)
+    sizes = range(1, math.gcd(rows, group_size) + 1)
+    return max(
+        (g for g in sizes if math.gcd(rows, group_size) % g == 0 and rows // g % devices == 0), default=1
+    )
+
+
+def policy_loss(c: ConfigDict, score: Callable[[Tree, Trajectories], Scores]) -> Loss:
     """The objective that the config describes: (surrogate × correction + β·KL − coefficient·entropy)."""
     surrogate = lookup(c.loss.surrogate, SURROGATES)
     options = accepted(surrogate, {k: c.loss[k] for k in ("epsilon", "epsilon_high", "delta")})
     options |= c.loss.options.to_dict()
     estimator = KL_ESTIMATORS[c.loss.kl_estimator]
-    max_targets = c.rollout.max_completion_length
 
     def loss(params: Tree, batch: PolicyBatch) -> tuple[WeightedSum, Metrics]:
         t = batch.trajectories
         mask = t.action_mask
-        scores = policy_scores(score, params, t, max_targets)
+        scores = score(params, t)
         # what truncation kept is a constant of the sampling step, so the trainer's log-prob is of the
         # distribution that was sampled from (and its ratio to the sampler's is 1 before an update)
         logp = scores.logp - t.log_kept
@@ -211,14 +250,14 @@ def make_update(
 
 
 def make_scorer(
-    score: Callable[..., Scores], max_targets: int, *, pieces: int = 1
+    score: Callable[[Tree, Trajectories], Scores], *, pieces: int = 1
 ) -> Callable[[Tree, Trajectories], Array]:
     """A jitted `logp(params, trajectories) -> f32[N, T]` of tempered log-probs, in micro-batches."""
 
     @jax.jit
     def logp(params: Tree, t: Trajectories) -> Array:
         cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), t)
-        out = jax.lax.map(lambda piece: policy_scores(score, params, piece, max_targets).logp, cut)
+        out = jax.lax.map(lambda piece: score(params, piece).logp, cut)
         return out.reshape(t.tokens.shape)
 
     return logp

@@ -1,6 +1,7 @@
 """One update: exact accumulation, skipped when not finite, the same on a mesh as on one device."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,30 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
 from jaxrl_llm.training import state as state_lib
 from jaxrl_llm.training.config import default
-from jaxrl_llm.training.update import PolicyBatch, accumulate, make_scorer, make_update, policy_loss, scorer
+from jaxrl_llm.training.update import (
+    PolicyBatch,
+    accumulate,
+    make_scorer,
+    make_update,
+    policy_loss,
+    policy_scorer,
+    scorer,
+    shared,
+)
 from jaxrl_llm.trajectory import Trajectories, length_mask
 
 CFG = ModelConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, intermediate_size=32
 )
 N, T = 8, 12
+GROUP = 4
 SPECS = transformer.param_specs(CFG)
 
 
 def config(**loss):
     c = default()
     c.data.max_prompt_length, c.rollout.max_completion_length = 4, T - 4
+    c.rollout.num_generations = GROUP
     c.loss.beta = 0.1
     c.loss.entropy_coef = 0.01
     c.loss.update(loss)
@@ -39,14 +51,16 @@ def make_params(seed=0):
 
 
 def make_batch(seed=0) -> PolicyBatch:
-    """Rows of unequal lengths, one of them without a token to learn from."""
+    """Two groups of rows of unequal lengths, one of them without a token to learn from."""
     rng = np.random.default_rng(seed)
     lengths = np.array([12, 5, 9, 4, 7, 12, 6, 10], np.int32)
     real = length_mask(jnp.asarray(lengths), T)
     action = real & (jnp.arange(T) >= 4)
     logp = jnp.where(action, jnp.asarray(rng.normal(-3, 0.5, (N, T)), jnp.float32), 0)
+    tokens = rng.integers(1, 64, (N, T))
+    tokens[:, :4] = np.repeat(tokens[::GROUP, :4], GROUP, axis=0)
     t = Trajectories(
-        tokens=jnp.where(real, jnp.asarray(rng.integers(1, 64, (N, T)), jnp.int32), 0),
+        tokens=jnp.where(real, jnp.asarray(tokens, jnp.int32), 0),
         lengths=jnp.asarray(lengths),
         action_mask=action,
         behaviour_logp=logp,
@@ -54,7 +68,7 @@ def make_batch(seed=0) -> PolicyBatch:
         log_kept=jnp.zeros((N, T)),
         temperature=jnp.asarray(rng.uniform(0.7, 1.3, N), jnp.float32),
         finished=jnp.ones(N, bool),
-        group=jnp.arange(N, dtype=jnp.int32) // 4,
+        group=jnp.arange(N, dtype=jnp.int32) // GROUP,
     )
     return PolicyBatch(t, jnp.asarray(rng.normal(size=N), jnp.float32), ref_logp=logp * 1.1)
 
@@ -69,7 +83,7 @@ def leaves_close(a, b, tolerance):
 @pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 def test_micro_batches_change_nothing(mode):
     c = config(loss_aggregation=mode)
-    loss = policy_loss(c, scorer(c, CFG, None))
+    loss = policy_loss(c, policy_scorer(c, CFG, None))
     run = jax.jit(lambda p, b, n: accumulate(loss, p, b, n), static_argnums=2)
     whole, total, metrics = run(make_params(), make_batch(), 1)
     for pieces in (2, 8):
@@ -82,9 +96,31 @@ def test_micro_batches_change_nothing(mode):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
+def test_sharing_a_groups_prompt_changes_nothing():
+    plain = config()
+    plain.train.num_minibatches = 2  # rows may come in any order then: nothing is shared
+    out = {}
+    for name, c in (("shared", config()), ("plain", plain)):
+        score = policy_scorer(c, CFG, None)
+        gradient = partial(accumulate, policy_loss(c, score), pieces=1)
+        out[name] = jax.jit(gradient)(make_params(), make_batch())
+        text = str(jax.make_jaxpr(score)(make_params(), make_batch().trajectories))
+        assert (f"f32[{N // GROUP},4,{CFG.hidden_size}]" in text) == (name == "shared")
+    leaves_close(out["plain"][0], out["shared"][0], 1e-5)
+    np.testing.assert_allclose(out["plain"][1], out["shared"][1], rtol=1e-5)
+
+
+def test_how_many_rows_share_a_prompt():
+    assert shared(16, 8, None) == 8  # whole groups
+    assert shared(4, 8, None) == 4  # a micro-batch of half a group
+    assert shared(12, 8, None) == 4  # one and a half
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        assert shared(16, 8, ShardingRules()) == 4  # as many prompts as devices to spread them over
+
+
 def build(c):
     optimizer = state_lib.make_optimizer(c.optimizer, 10)
-    loss = policy_loss(c, scorer(c, CFG, None))
+    loss = policy_loss(c, policy_scorer(c, CFG, None))
     return optimizer, make_update(loss, optimizer, state_lib.schedule(c.optimizer, 10))
 
 
@@ -121,7 +157,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
     one, one_metrics = update(fresh(optimizer), make_batch())
     mesh, rules = make_mesh(*sizes), ShardingRules()
     with jax.set_mesh(mesh):
-        loss = policy_loss(c, scorer(c, CFG, rules))
+        loss = policy_loss(c, policy_scorer(c, CFG, rules))
         spread_update = make_update(loss, optimizer, state_lib.schedule(c.optimizer, 10))
         batch = jax.device_put(make_batch(), batch_sharding(mesh, rules))
         many, many_metrics = spread_update(fresh(optimizer, mesh, rules), batch)
@@ -137,9 +173,9 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
 def test_scoring_in_pieces_is_scoring():
     c = config()
     t = make_batch().trajectories
-    score = scorer(c, CFG, None)
-    whole = make_scorer(score, T - 4)(make_params(), t)
-    pieces = make_scorer(score, T - 4, pieces=4)(make_params(), t)
+    score = policy_scorer(c, CFG, None)
+    whole = make_scorer(score)(make_params(), t)
+    pieces = make_scorer(score, pieces=4)(make_params(), t)
     np.testing.assert_allclose(whole, pieces, atol=1e-6)
     assert np.all(np.asarray(whole)[~np.asarray(t.action_mask)] == 0)
 
