@@ -28,10 +28,15 @@ def main(argv: list[str]) -> None:
     from jaxrl_llm.training.evaluation import evaluate
     from jaxrl_llm.training.progress import progress, summary
 
+    out = Path(_OUT.value).expanduser() if _OUT.value else None
     try:
-        job = jobs.build(flags.config())
+        if out is not None and not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out={out}: there is no folder {out.absolute().parent}")
+        job = jobs.build(flags.config(), training=False)
         if not job.eval_prompts:
-            raise ValueError("the config has no held-out problems: set eval.data.kind")
+            raise ValueError(
+                "the config has no held-out problems: set eval.data.kind, and eval.data.path of a file"
+            )
         params, step = jobs.policy_params(job, flags.workdir(), _STEP.value)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         flags.fail(error)
@@ -61,8 +66,8 @@ def main(argv: list[str]) -> None:
         )
     source = "the initial params" if step is None else f"step {step}"
     summary(list(metrics.items()), title=f"{len(job.eval_prompts)} held-out problems, {source}")
-    if _OUT.value:
-        Path(_OUT.value).write_text(json.dumps({"step": step} | metrics, indent=2) + "\n")
+    if out is not None:
+        out.write_text(json.dumps({"step": step} | metrics, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The flags that the binaries share, and how mistakes in them are reported."""
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,16 +30,26 @@ def workdir() -> Path | None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Ends the program with one line: what is wrong and the way out."""
-    sys.exit(f"{type(error).__name__}: {error}")
+    """Ends the program with what is wrong and the way out, and no traceback."""
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    sys.exit(f"{type(error).__name__}: {error}{notes}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "seed", None)  # a file that could not be loaded is an error only when used
+        return rest
     except flags.Error as error:
-        sys.exit(f"{error}\n--helpshort lists the flags")
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        text = str(error)
+        if refused := re.search(r"Error whilst parsing config file:.*\nValueError: (.*)", text, re.DOTALL):
+            text = f"--config: {refused[1].strip()}"  # the config file itself refuses its argument
+        sys.exit(f"{text}\n--helpshort lists the flags")
+    except OSError as error:  # its last lines: the path, and why
+        sys.exit(
+            "--config cannot be loaded: " + " ".join(line.strip() for line in str(error).splitlines()[-2:])
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         # raised by a config file, or by an override of a key that it does not have
         text = str(error.args[0] if error.args else error)
         hint = re.search(r"Did you mean .*?\?", text)
@@ -51,6 +63,11 @@ def run(main: Callable[[list[str]], None], required: Sequence[str]) -> None:
     def checked(argv: list[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"unexpected arguments {argv[1:]}; --helpshort lists the flags")
-        main(argv)
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     app.run(checked, flags_parser=_parse)

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     from jaxrl_llm.training.checkpoints import CheckpointError
 
     try:
-        job = jobs.build(flags.config())
+        job = jobs.build(flags.config(), training=False, evaluation=False)
         params, _ = jobs.policy_params(job, flags.workdir(), _STEP.value)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         flags.fail(error)

@@ -17,11 +17,13 @@ absl_flags.adopt_module_key_flags(flags)
 
 
 def main(argv: list[str]) -> None:
+    from jaxrl_llm.data.sources import MalformedRow
     from jaxrl_llm.training import job as jobs
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.checkpoints import CheckpointError, ConfigMismatch
     from jaxrl_llm.training.groups import DegenerateBatch
     from jaxrl_llm.training.progress import summary
+    from jaxrl_llm.training.rewarding import RewardError
 
     started, workdir = time.time(), flags.workdir()
     assert workdir is not None
@@ -32,7 +34,15 @@ def main(argv: list[str]) -> None:
     summary(jobs.describe(job), title=str(workdir))
     try:
         loop.run(job, workdir)
-    except (CheckpointError, ConfigMismatch, DegenerateBatch, loop.NonFinite) as error:
+    except (
+        CheckpointError,
+        ConfigMismatch,
+        DegenerateBatch,
+        MalformedRow,
+        RewardError,
+        loop.NonFinite,
+        loop.WriteError,
+    ) as error:
         flags.fail(error)
     except loop.Stopped as stopped:
         print(stopped)

@@ -45,7 +45,11 @@ def jsonl(path: str, *, columns: Mapping[str, str], form: str) -> Source:
     def read(index: int) -> Row:
         return json.loads(line(starts[index]).decode())
 
-    return checked_source(scan(), read, columns=columns, form=form, where=path)
+    def place(index: int) -> str:
+        number = data[: starts[index]].count(b"\n") + 1
+        return f"{path}, row {number}"
+
+    return checked_source(scan(), read, columns=columns, form=form, where=path, place=place)
 
 
 def parquet(path: str, *, columns: Mapping[str, str], form: str) -> Source:
@@ -60,13 +64,16 @@ def parquet(path: str, *, columns: Mapping[str, str], form: str) -> Source:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
     def scan() -> Iterator[tuple[str, Any]]:
-        number = 0
+        index = 0
         for start in range(0, table.num_rows, BATCH):
             for row in table.slice(start, BATCH).to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+                yield place(index), row
+                index += 1
+
+    def place(index: int) -> str:
+        return f"{path}, row {index + 1}"
 
     def read(index: int) -> Row:
         return table.slice(index, 1).to_pylist()[0]
 
-    return checked_source(scan(), read, columns=columns, form=form, where=path)
+    return checked_source(scan(), read, columns=columns, form=form, where=path, place=place)

@@ -1,11 +1,12 @@
 """Prompts as token ids, and rows of ids as arrays of few shapes."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.data.rows import MalformedRow
 from jaxrl_llm.data.tokenizers import Tokenizer
 
 OVERLONG = ("drop", "error")
@@ -27,7 +28,12 @@ class Prompt:
 
 
 def encode_prompts(
-    rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, *, max_prompt_length: int, overlong: str = "drop"
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    overlong: str = "drop",
+    place: Callable[[int], str] = "row {}".format,
 ) -> tuple[list[Prompt], int]:
     """Encodes the `prompt` column of `rows`.
 
@@ -36,13 +42,14 @@ def encode_prompts(
       tokenizer: of the policy.
       max_prompt_length: longest prompt in tokens.
       overlong: what becomes of longer ones: 'drop' (and count), or 'error'.
+      place: which of the given rows, from 0 -> where it stands, for errors.
 
     Returns:
       The prompts in order, and how many were dropped.
 
     Raises:
-      ValueError: an empty prompt, one too long under 'error', one that the tokenizer refuses, or an unknown
-        `overlong`.
+      MalformedRow: an empty prompt, one too long under 'error', or one that the tokenizer refuses.
+      ValueError: an unknown `overlong`.
     """
     check_overlong(overlong)
     prompts: list[Prompt] = []
@@ -51,15 +58,16 @@ def encode_prompts(
         try:
             ids = tokenizer.encode_prompt(row["prompt"]) if row["prompt"] else []
         except ValueError as error:
-            raise ValueError(f"the prompt of row {index}: {error}") from error
+            raise MalformedRow(f"the prompt of {place(index)}: {error}") from error
         if not ids:
-            raise ValueError(f"the prompt of row {index} is empty: {row['prompt']!r}")
+            raise MalformedRow(f"the prompt of {place(index)} is empty: {row['prompt']!r}")
         if len(ids) <= max_prompt_length:
             prompts.append(Prompt(ids, row, index))
         elif overlong == "error":
-            raise ValueError(
-                f"the prompt of row {index} has {len(ids)} tokens, more than "
-                f"max_prompt_length={max_prompt_length}: raise the limit, or set overlong='drop'"
+            raise MalformedRow(
+                f"the prompt of {place(index)} has {len(ids)} tokens, more than "
+                f"max_prompt_length={max_prompt_length}: raise the limit, or set overlong='drop' "
+                "(data.overlong_prompts of a config)"
             )
         else:
             dropped += 1

@@ -30,11 +30,13 @@ class Source:
       size: number of rows.
       read: index in [0, size) -> row.
       columns: names of every row's columns.
+      place: index -> the words that say where the row stands, for errors.
     """
 
     size: int
     read: Callable[[int], Row]
     columns: tuple[str, ...]
+    place: Callable[[int], str] = "row {}".format
 
     def __len__(self) -> int:
         return self.size
@@ -60,6 +62,7 @@ def checked_source(
     columns: Mapping[str, str],
     form: str,
     where: str,
+    place: Callable[[int], str],
 ) -> Source:
     """A source of the rows that `read` gives, after every one of them has been looked at once.
 
@@ -69,6 +72,7 @@ def checked_source(
       columns: our name -> the file's name, for columns that are called otherwise there.
       form: a key of `FORMS`, or '' for what the first row's columns say.
       where: the file or dataset, for errors.
+      place: index -> the words of `scan` again.
 
     Raises:
       MalformedRow: a row that lacks a column which the first one has or the form needs, has another one, or
@@ -79,9 +83,9 @@ def checked_source(
         raise ValueError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
     names: tuple[str, ...] = ()
     size = 0
-    for place, raw in scan:
+    for stands, raw in scan:
         if not isinstance(raw, dict):
-            raise MalformedRow(f"{place}: an object with columns was expected, not {_short(raw)}")
+            raise MalformedRow(f"{stands}: an object with columns was expected, not {_short(raw)}")
         if not size:
             check_names(columns, raw, where)
             names = tuple(prepare(raw, columns))
@@ -89,11 +93,11 @@ def checked_source(
         row = prepare(raw, columns)
         if fault := _fault(row, names, FORMS[form]):
             column, what = fault
-            raise MalformedRow(f"{place}, column {columns.get(column, column)!r}: {what}")
+            raise MalformedRow(f"{stands}, column {columns.get(column, column)!r}: {what}")
         size += 1
     if not size:
         raise ValueError(f"{where} holds no rows")
-    return Source(size, lambda index: prepare(read(index), columns), names)
+    return Source(size, lambda index: prepare(read(index), columns), names, place)
 
 
 def check_names(columns: Mapping[str, str], raw: Row, where: str) -> None:
@@ -127,11 +131,19 @@ def concatenate(sources: Sequence[Source], names: Sequence[str]) -> Source:
         return sources[0]
     starts = np.cumsum([0, *map(len, sources)])
 
-    def read(index: int) -> Row:
+    def find(index: int) -> tuple[Source, int]:
         which = int(np.searchsorted(starts, index, side="right")) - 1
-        return sources[which].read(index - int(starts[which]))
+        return sources[which], index - int(starts[which])
 
-    return Source(int(starts[-1]), read, sources[0].columns)
+    def read(index: int) -> Row:
+        source, row = find(index)
+        return source.read(row)
+
+    def place(index: int) -> str:
+        source, row = find(index)
+        return source.place(row)
+
+    return Source(int(starts[-1]), read, sources[0].columns, place)
 
 
 def held_out(train: Source, test: Source) -> tuple[Source, int]:
@@ -146,9 +158,13 @@ def held_out(train: Source, test: Source) -> tuple[Source, int]:
     kept = np.fromiter((i for i, row in enumerate(train) if _digest(row["prompt"]) not in seen), np.int64)
     if not len(kept):
         raise ValueError(f"all {len(train)} training prompts occur in the held-out set")
-    return Source(len(kept), lambda index: train.read(int(kept[index])), train.columns), len(train) - len(
-        kept
+    rest = Source(
+        len(kept),
+        lambda index: train.read(int(kept[index])),
+        train.columns,
+        lambda index: train.place(int(kept[index])),
     )
+    return rest, len(train) - len(kept)
 
 
 def prompt_text(prompt: Text) -> str:

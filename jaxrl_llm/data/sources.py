@@ -124,7 +124,7 @@ def _reasoning_gym(name: str, size: int, seed: int, options: dict[str, Any]) -> 
             "task_config": config,
         }
 
-    return Source(size, read, tuple(read(0)))
+    return Source(size, read, tuple(read(0)), lambda index: f"reasoning_gym {name!r}, row {index + 1}")
 
 
 def _tfds(name: str, split: str, path: str, columns: Mapping[str, str], form: str) -> Source:
@@ -163,7 +163,7 @@ def _tfds(name: str, split: str, path: str, columns: Mapping[str, str], form: st
     def scan() -> Iterator[tuple[str, Any]]:
         return ((place(i), read(i)) for i in range(len(data)))
 
-    return checked_source(scan(), read, columns=columns, form=form, where=where)
+    return checked_source(scan(), read, columns=columns, form=form, where=where, place=place)
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,13 @@
 """Supervised rows as tokens with a loss mask, several to a packed sequence."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.data.prompts import check_overlong
+from jaxrl_llm.data.rows import MalformedRow
 from jaxrl_llm.data.tokenizers import Tokenizer
 
 
@@ -42,7 +43,12 @@ class Packed(NamedTuple):
 
 
 def encode_supervised(
-    rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int, overlong: str = "drop"
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    overlong: str = "drop",
+    place: Callable[[int], str] = "row {}".format,
 ) -> tuple[list[Example], int]:
     """Encodes `prompt` and `completion` (or `chosen`, where there is no completion).
 
@@ -53,13 +59,15 @@ def encode_supervised(
       tokenizer: of the policy.
       max_length: longest example, prompt and completion, in tokens.
       overlong: what becomes of longer ones: 'drop' (and count), or 'error'.
+      place: which of the given rows, from 0 -> where it stands, for errors.
 
     Returns:
       The examples in order, and how many were dropped.
 
     Raises:
-      ValueError: a row without one of the columns, an empty prompt, an example too long under 'error', or
+      MalformedRow: a row without one of the columns, an empty prompt, an example too long under 'error', or
         what the tokenizer refuses.
+      ValueError: an unknown `overlong`.
     """
     check_overlong(overlong)
     examples: list[Example] = []
@@ -67,21 +75,22 @@ def encode_supervised(
     for index, row in enumerate(rows):
         column = "completion" if "completion" in row else "chosen"
         if column not in row or not row.get("prompt"):
-            raise ValueError(
-                f"row {index} needs a prompt and a completion (or chosen), got columns {', '.join(row)}"
+            raise MalformedRow(
+                f"{place(index)} needs a prompt and a completion (or chosen), got columns {', '.join(row)}"
             )
         try:
             prompt = tokenizer.encode_prompt(row["prompt"])
             completion, written = tokenizer.encode_completion(row["prompt"], row[column])
         except ValueError as error:
-            raise ValueError(f"row {index}, column {column!r}: {error}") from error
+            raise MalformedRow(f"{place(index)}, column {column!r}: {error}") from error
         ids = prompt + completion
         if len(ids) <= max_length:
             examples.append(Example(ids, [False] * len(prompt) + written, index))
         elif overlong == "error":
-            raise ValueError(
-                f"row {index} has {len(ids)} tokens with its completion, more than max_length={max_length}: "
-                "raise the limit, or set overlong='drop' to leave such rows out"
+            raise MalformedRow(
+                f"{place(index)} has {len(ids)} tokens with its completion, more than "
+                f"max_length={max_length}: raise the limit, or set overlong='drop' (data.overlong_prompts of "
+                "a config) to leave such rows out"
             )
         else:
             dropped += 1

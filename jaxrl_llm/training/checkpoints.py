@@ -202,6 +202,7 @@ class Checkpoints:
             more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
             raise CheckpointError(
                 "\n  ".join([f"checkpoint {folder} holds another state:", *lines[:20], *more])
+                + "\nGive the config that it was saved with, or another folder."
             )
         target = {name: leaves_lib.physical(leaf) for name, leaf in leaves.items()}
         full = {name: x for name, x in target.items() if x.size}
@@ -213,6 +214,14 @@ class Checkpoints:
         return treedef.unflatten(leaves_lib.loaded(arrays[name], x) for name, x in leaves.items()), record[
             "host"
         ]
+
+    def host(self, step: int) -> dict[str, Any]:
+        """The JSON that was saved beside the arrays of a committed step.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        return self._read(step, "host", ocp.args.JsonRestore())["host"]
 
     def discard_after(self, step: int) -> list[int]:
         """Removes the checkpoints newer than `step`: the abandoned future of a run that goes on from there.

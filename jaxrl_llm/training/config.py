@@ -226,10 +226,34 @@ def check(c: ConfigDict) -> None:
         ("eval.batch_prompts", 1),
         ("checkpoint.every", 1),
         ("checkpoint.keep_last", 1),
+        ("checkpoint.keep_best", 0),
         ("log.every", 1),
+        ("log.completions_every", 0),
+        ("seed", 0),
+        ("rollout.top_k", 0),
+        ("eval.every", 0),
+        ("eval.temperature", 0),
+        ("reward.workers", 1),
+        ("optimizer.learning_rate", 0),
+        ("optimizer.warmup_steps", 0),
+        ("supervised.optimizer.learning_rate", 0),
+        ("supervised.optimizer.warmup_steps", 0),
     ):
         if _get(c, key) < least:
             errors.append(f"{key}={_get(c, key)}: at least {least}")
+    for key in (
+        "reward.timeout",
+        "reward.memory_gib",
+        "optimizer.max_grad_norm",
+        "supervised.optimizer.max_grad_norm",
+    ):
+        if not _get(c, key) > 0:
+            errors.append(f"{key}={_get(c, key)}: above 0")
+    for key in ("rollout.top_p", "eval.top_p"):
+        if not 0 < _get(c, key) <= 1:
+            errors.append(f"{key}={_get(c, key)}: above 0 and at most 1 (1 = off)")
+    if not 0 <= c.rollout.min_p < 1:
+        errors.append(f"rollout.min_p={c.rollout.min_p}: at least 0 (off) and below 1")
     for name, table, key in (
         (c.loss.surrogate, SURROGATES, "loss.surrogate"),
         (c.advantage.name, ADVANTAGES, "advantage.name"),

@@ -1,6 +1,7 @@
 """Everything that a run is made of, built from its config before anything compiles."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 
 from jaxrl_llm.data import tokenizers
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
-from jaxrl_llm.data.sources import Source, held_out, open_source
+from jaxrl_llm.data.sources import Row, Source, held_out, open_source
+from jaxrl_llm.data.supervised import encode_supervised
 from jaxrl_llm.models import huggingface, huggingface_config, transformer
 from jaxrl_llm.models import params as params_lib
 from jaxrl_llm.models.config import ModelConfig
@@ -131,20 +133,70 @@ def model_config(c: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
     return cfg
 
 
-def build(c: ConfigDict) -> Job:
-    """Checks the config and opens what it names.
+def supervised_length(c: ConfigDict) -> int:
+    """Tokens of a packed row."""
+    return c.supervised.max_length or c.data.max_prompt_length + c.rollout.max_completion_length
+
+
+def with_completions(rows: Source) -> Source:
+    """The rows with their `answer` for a completion, where they have none."""
+
+    def read(index: int) -> Row:
+        row = rows.read(index)
+        known = "completion" in row or "chosen" in row or "answer" not in row
+        return row if known else row | {"completion": str(row["answer"])}
+
+    return dataclasses.replace(rows, read=read)
+
+
+def check_rows(job: Job) -> None:
+    """Finds rows that training could not use before anything compiles.
+
+    With data.overlong_prompts='error' every row is encoded, else only as many as it takes to find one that is
+    short enough.
 
     Raises:
-      ValueError, FileNotFoundError: what is wrong, by key or by file.
+      MalformedRow: a row that cannot be encoded, or is too long under 'error'.
+      ValueError: no row is short enough.
+    """
+    data, length = job.config.data, supervised_length(job.config)
+    prompts = functools.partial(encode_prompts, max_prompt_length=data.max_prompt_length)
+    examples = functools.partial(encode_supervised, max_length=length)
+    for rows, encode, limit in (
+        (job.train, prompts, f"data.max_prompt_length={data.max_prompt_length}"),
+        (job.supervised, examples, f"supervised.max_length={length}"),
+    ):
+        if rows is None:
+            continue
+        found = False
+        for index, row in enumerate(rows):
+            place = lambda _, rows=rows, index=index: rows.place(index)  # noqa: E731
+            found |= bool(encode([row], job.tokenizer, overlong=data.overlong_prompts, place=place)[0])
+            if found and data.overlong_prompts == "drop":
+                break
+        if not found:
+            raise ValueError(f"no training row has at most {limit} tokens: raise the limit")
+
+
+def build(c: ConfigDict, *, training: bool = True, evaluation: bool = True) -> Job:
+    """Checks the config and opens what it names.
+
+    Args:
+      c: the config.
+      training, evaluation: whether the rows for it are wanted; without, their files need not be there.
+
+    Raises:
+      ValueError, FileNotFoundError: what is wrong, by key, by file or by row.
     """
     check(c)
     tokenizer = load_tokenizer(c)
     cfg = model_config(c, tokenizer)
-    train, test = open_rows(c.data.train), open_rows(c.eval.data)
-    supervised = (open_rows(c.supervised.train) or train) if c.supervised.num_steps else None
-    if c.num_steps and train is None:
+    train = open_rows(c.data.train) if training else None
+    test = open_rows(c.eval.data) if evaluation else None
+    supervised = (open_rows(c.supervised.train) or train) if training and c.supervised.num_steps else None
+    if training and c.num_steps and train is None:
         raise ValueError("data.train has no rows: set data.train.kind, and data.train.path of a file")
-    if c.supervised.num_steps and supervised is None:
+    if training and c.supervised.num_steps and supervised is None:
         raise ValueError("supervised.train has no rows: set its kind and path, or those of data.train")
     removed = 0
     eval_prompts: list[Prompt] = []
@@ -154,7 +206,13 @@ def build(c: ConfigDict) -> Job:
             tokenizer,
             max_prompt_length=c.data.max_prompt_length,
             overlong=c.data.overlong_prompts,
+            place=test.place,
         )
+        if not eval_prompts:
+            raise ValueError(
+                f"no held-out prompt has at most data.max_prompt_length={c.data.max_prompt_length} tokens: "
+                "raise the limit"
+            )
         same = supervised is train
         if train is not None:
             train, removed = held_out(train, test)
@@ -164,6 +222,9 @@ def build(c: ConfigDict) -> Job:
             supervised, more = held_out(supervised, test)
             removed += more
     rewards = [resolve(spec) for spec in c.reward.functions]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward.functions need distinct names, got {names}: give a 'name' in a mapping")
     for reward in rewards:
         for source in (train if c.num_steps else None, test):
             if source is not None:
@@ -179,18 +240,20 @@ def build(c: ConfigDict) -> Job:
     ):
         if count % pieces:
             raise ValueError(f"{key}={count} is not divisible by the mesh's data × fsdp = {pieces}")
-    return Job(
+    job = Job(
         config=c,
         cfg=cfg,
         tokenizer=tokenizer,
         train=train if c.num_steps else None,
-        supervised=supervised,
+        supervised=None if supervised is None else with_completions(supervised),
         eval_prompts=eval_prompts,
         removed=removed,
         weights={reward.name: float(w) for reward, w in zip(rewards, weights)},
         mesh=mesh,
         rules=ShardingRules() if mesh.size > 1 else None,
     )
+    check_rows(job)
+    return job
 
 
 def reward_specs(c: ConfigDict) -> list[Any]:
@@ -209,17 +272,17 @@ def initial_params(job: Job) -> Tree:
 
 
 def policy_params(job: Job, workdir: Path | None, step: int | None = None) -> tuple[Tree, int | None]:
-    """The params to evaluate or sample from: those of a checkpoint of `workdir`, else a run's first ones.
+    """The params to evaluate or sample from: those of a checkpoint of `workdir`; without one, a run's first.
 
     Returns:
       The params, and the step of their checkpoint (None = initial).
 
     Raises:
-      CheckpointError: the step asked for is not there, or the checkpoint is of another model.
+      CheckpointError: `workdir` has no checkpoint, or none of that step, or it is of another model.
     """
-    folder = None if workdir is None else workdir / "checkpoints"
-    if folder is None or (step is None and not folder.is_dir()):
+    if workdir is None:
         return initial_params(job), None
+    folder = workdir / "checkpoints"
     specs = transformer.param_specs(job.cfg)
     placed = shardings(specs, job.mesh, job.rules or ShardingRules())
     abstract = jax.tree.map(

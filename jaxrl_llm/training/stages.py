@@ -68,54 +68,46 @@ def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
 
 def next_prompts(job: Job, host: Host, count: int) -> list[Prompt]:
     """The next `count` prompts that fit, advancing the cursor past those that do not."""
-    assert job.train is not None
+    train = job.train
+    assert train is not None
     c = job.config.data
     prompts: list[Prompt] = []
-    looked = 0
-    while len(prompts) < count:
-        indices, host.train = take(host.train, count - len(prompts), len(job.train))
+    while len(prompts) < count:  # `job.check_rows` has found one that fits
+        indices, host.train = take(host.train, count - len(prompts), len(train))
         more, dropped = encode_prompts(
-            (job.train[int(i)] for i in indices),
+            (train[int(i)] for i in indices),
             job.tokenizer,
             max_prompt_length=c.max_prompt_length,
             overlong=c.overlong_prompts,
+            place=lambda i, indices=indices: train.place(int(indices[i])),  # type: ignore[misc]
         )
         prompts += more
         host.dropped += dropped
-        looked += len(indices)
-        if not prompts and looked >= len(job.train):
-            raise ValueError(
-                f"no training prompt has at most data.max_prompt_length={c.max_prompt_length} tokens"
-            )
     return prompts
 
 
 def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBatch:
     """As many of the next examples as fit into `rows` packed rows of `length` tokens."""
-    assert job.supervised is not None
-
-    def with_completion(row: dict[str, Any]) -> dict[str, Any]:
-        known = "completion" in row or "chosen" in row or "answer" not in row
-        return row if known else row | {"completion": str(row["answer"])}
-
+    supervised = job.supervised
+    assert supervised is not None
     looked, used = 0, 0
     examples: list[Example] = []
     while used == len(examples):  # until one is left over: then the rows are full
-        if looked > 64 * rows and not examples:
-            raise ValueError(f"no supervised row has at most {length} tokens: raise supervised.max_length")
-        ahead, _ = take(host.supervised, looked + rows, len(job.supervised))
+        ahead, _ = take(host.supervised, looked + rows, len(supervised))
+        ahead = ahead[looked:]
         more, _ = encode_supervised(
-            (with_completion(job.supervised[int(i)]) for i in ahead[looked:]),
+            (supervised[int(i)] for i in ahead),
             job.tokenizer,
             max_length=length,
             overlong=job.config.data.overlong_prompts,
+            place=lambda i, ahead=ahead: supervised.place(int(ahead[i])),  # type: ignore[misc]
         )
         examples += [dataclasses.replace(example, index=example.index + looked) for example in more]
         looked += rows
         packed, used = pack(examples, length, rows)
     taken = examples[used].index
     host.dropped += taken - used
-    _, host.supervised = take(host.supervised, taken, len(job.supervised))
+    _, host.supervised = take(host.supervised, taken, len(supervised))
     return SupervisedBatch(*(jnp.asarray(x) for x in packed))
 
 

@@ -3,6 +3,7 @@
 The writers have the method names of `clu.metric_writers` (which would import TensorFlow).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -117,7 +118,8 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a row that did not fit on the disk, which `_write` has said
+            self._file.close()
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._row.get("step") != step:
@@ -173,7 +175,8 @@ class TensorBoardWriter:
         self._events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        with contextlib.suppress(OSError):  # as above
+            self._events.close()
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event

@@ -229,6 +229,9 @@ def test_vision_tower_of_a_multimodal_checkpoint_is_left_out(tmp_path):
     assert read_config(tmp_path / "text")["architectures"] == ["Gemma3ForCausalLM"]
     with pytest.raises(ValueError, match=r"lacks model\.embed.*uses language_model\.model"):
         load(tmp_path, GEMMA)
+    rewrite(tmp_path, lambda s: s.update({"model.norm.weight": s["language_model.model.norm.weight"]}))
+    with pytest.raises(ValueError, match=r"norm\.weight of .* is stored twice; also in .*model\.safetensors"):
+        load(tmp_path, cfg)
 
 
 def test_broken_files(tmp_path):

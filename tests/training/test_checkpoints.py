@@ -187,6 +187,7 @@ def test_another_state_is_refused_leaf_by_leaf(tmp_path: Path) -> None:
             assert str(caught.value).splitlines() == [
                 f"checkpoint {tmp_path / '1'} holds another state:",
                 *(f"  {line}" for line in lines),
+                "Give the config that it was saved with, or another folder.",
             ]
 
         a, w = state["a"], state["a"]["w"]

@@ -186,40 +186,6 @@ def test_another_config_is_refused_with_the_difference(environment, whole):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("--config.optimizer.learning_rat=1", "learning_rate"),
-        ("--config.optimiser.learning_rate=1", "optimizer"),
-        ("--config.rollout.num_generations=0", "rollout.num_generations=0: at least 1"),
-        ("--config.loss.loss_aggregation=token_meen", "did you mean 'token_mean'?"),
-        ("--config.reward.functions=('exact_mach',)", "exact_match"),
-        ("--config.data.train.name=basic_arithmetics", "basic_arithmetic"),
-        ("--config.model.path=/nowhere", "/nowhere"),
-        ("--config.train.micro_batch_rows=5", "micro_batch_rows=5 does not divide"),
-        ("--config.mesh.fsdp=3", "3"),
-        ("--workdri=x", "workdir"),
-    ],
-)
-def test_mistakes_are_named_before_anything_is_done(environment, tmp_path, override, message):
-    done = run(environment, tmp_path / "new", override)
-    assert done.returncode != 0
-    assert message in done.stderr, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert not (tmp_path / "new").exists()
-
-
-def test_help(environment):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxrl_llm.train", "--helpshort"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert "--workdir" in done.stdout and "resumes an interrupted run" in done.stdout
-
-
 def test_nonfinite_updates_stop_the_run_with_the_last_good_state(environment, tmp_path):
     done = run(
         environment,
