@@ -124,7 +124,7 @@ def collect(
     for _ in range(max_attempts):
         rollout, total, scores = draw()
         valid = np.ones(len(total), bool)
-        good = differing(total, group_size)
+        good = differing(np.where(scores.failed, np.nan, total), group_size)
         fresh = Scored(
             rollout, total, scores.values, scores.failures, scores.failed, valid, len(good), int(good.sum())
         )
@@ -143,7 +143,7 @@ def collect(
         return None
     if max_attempts == 1:
         return batch
-    good = differing(batch.total, group_size)
+    good = differing(np.where(batch.failed, np.nan, batch.total), group_size)
     order = np.argsort(~good, kind="stable")[:num_groups]
     chosen = select(batch, order, group_size)
     return dataclasses.replace(chosen, valid=np.repeat(good[order], group_size))

@@ -181,6 +181,11 @@ def reference_params(job: Job, state: TrainState, folder: Path) -> Tree:
     """The policy as RL found it, kept in a folder of its own so that a resumed run has the same."""
     with Checkpoints(folder) as kept:
         if kept.latest() is None:
+            if int(state.version):
+                raise CheckpointError(
+                    f"{folder} has lost the reference model, and the policy has been trained since: "
+                    "put it back, or start anew in another workdir"
+                )
             kept.save(0, {"params": state.params}, {}, wait=True)
         placed = shardings(specs_of(job), job.mesh, job.rules or ShardingRules())
         abstract = jax.tree.map(

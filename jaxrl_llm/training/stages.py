@@ -16,7 +16,7 @@ from jaxrl_llm.data.order import Cursor, take
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
 from jaxrl_llm.data.rows import prompt_text
 from jaxrl_llm.data.supervised import Example, encode_supervised, pack
-from jaxrl_llm.losses import Metrics
+from jaxrl_llm.losses import Metrics, WeightedSum
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.rewards.pool import RewardPool, Scores
 from jaxrl_llm.rollouts.single_turn import Rollout, rollout
@@ -141,9 +141,19 @@ def compute_advantages(job: Job, scored: Scored) -> tuple[jax.Array, Metrics]:
     c = job.config.advantage
     function = lookup(c.name, ADVANTAGES)
     options = accepted(function, {"scale": c.scale_rewards, "epsilon": c.epsilon})
-    valid = jnp.asarray(scored.valid & ~scored.failed & np.isfinite(scored.total))
+    usable = scored.valid & ~scored.failed & np.isfinite(scored.total)
     group = scored.rollout.trajectories.group
-    return function(jnp.asarray(scored.total), group, valid, **options)
+    advantages, metrics = function(jnp.asarray(scored.total), group, jnp.asarray(usable), **options)
+    # the function is shown usable rows alone, so it cannot count the others
+    lost = WeightedSum(jnp.float32(np.sum(scored.valid & ~usable)), jnp.float32(np.sum(scored.valid)))
+    return advantages, metrics | {"nonfinite_rewards": lost}
+
+
+def trained_rows(job: Job, scored: Scored) -> np.ndarray:
+    """bool[N]: rows whose tokens count in the loss."""
+    if job.config.rollout.mask_truncated_completions:
+        return scored.valid & np.asarray(scored.rollout.trajectories.finished)
+    return scored.valid
 
 
 def narrow(job: Job, scored: Scored, advantages: jax.Array) -> PolicyBatch:
@@ -152,9 +162,7 @@ def narrow(job: Job, scored: Scored, advantages: jax.Array) -> PolicyBatch:
     The width is a power-of-two fraction of the full width, so there are few compiled shapes.
     """
     t = scored.rollout.trajectories
-    counts = jnp.asarray(scored.valid)
-    if job.config.rollout.mask_truncated_completions:
-        counts &= t.finished
+    counts = jnp.asarray(trained_rows(job, scored))
     full = job.config.data.max_prompt_length + job.config.rollout.max_completion_length
     width, longest = full, int(jnp.max(t.lengths))
     while width // 2 >= max(longest, 64):
@@ -174,7 +182,7 @@ def rollout_metrics(job: Job, scored: Scored) -> dict[str, float]:
         "completions/clipped_ratio": float(1 - finished.mean()),
         "rollout/groups_drawn": float(scored.drawn),
         "rollout/groups_differing": float(scored.kept),
-        "rollout/rows_trained": float(scored.valid.sum()),
+        "rollout/rows_trained": float(trained_rows(job, scored).sum()),
     }
     for name, values in scored.values.items():
         applies = values[np.isfinite(values)]

@@ -85,6 +85,17 @@ def test_nothing_differs():
     assert single.kept == 0 and single.valid.all()
 
 
+def test_a_failed_reward_makes_no_group_differ():
+    """The row's total lacks a part; the row is not learned from, so the group has nothing to say."""
+    rollout, total, scores = batch([[0, 1], [0, 1]], 1)
+    scores = dataclasses.replace(scores, failed=np.array([True, False, False, False]))
+    for attempts in (1, 2):
+        draws = drawer(*[(rollout, total, scores)] * attempts)
+        out = collect(draws, num_groups=2, group_size=G, max_attempts=attempts)
+        assert out.kept == attempts
+    assert out.valid.all() and not out.failed.any()
+
+
 def test_groups_that_differ():
     total = np.array([1, 1, 0, 1, np.nan, 1, np.nan, np.nan, 0.7, 0.7], np.float32)
     assert differing(total, 2).tolist() == [False, True, False, False, False]

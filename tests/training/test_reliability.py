@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from jaxrl_llm.models.scoring import Scores as TokenScores
 from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
 from jaxrl_llm.rewards.pool import Scores
 from jaxrl_llm.training import loop, stages
-from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints
 from jaxrl_llm.training.evaluation import evaluate
 from jaxrl_llm.training.groups import DegenerateBatch, collect
 from jaxrl_llm.training.job import build, initial_params
@@ -388,6 +389,30 @@ def test_failed_rows_touch_nobody(sampled):
     assert results[0][1] == pytest.approx(total[~failed].mean())
 
 
+def test_rewards_that_are_no_number_are_counted(sampled):
+    """Failed, not applicable and infinite: as a share of the valid rows."""
+    stations, scored = sampled
+    total = np.tile([0.0, 1.0, 0.0, 1.0], P).astype(np.float32)
+    total[:3] = np.nan, np.inf, -np.inf
+    failed, valid = np.arange(P * G) == 3, np.arange(P * G) < 12
+    scored = dataclasses.replace(scored, total=total, failed=failed, valid=valid)
+    _, metrics = stages.compute_advantages(stations.job, scored)
+    assert finalize(metrics)["nonfinite_rewards"] == pytest.approx(4 / 12)
+
+
+def test_rows_without_a_token_are_not_counted_as_trained(sampled):
+    stations, scored = sampled
+    finished = jnp.arange(P * G) < 5
+    t = dataclasses.replace(scored.rollout.trajectories, finished=finished)
+    scored = dataclasses.replace(scored, rollout=dataclasses.replace(scored.rollout, trajectories=t))
+    stations.set(mask_truncated_completions=True)
+    numbers = stages.rollout_metrics(stations.job, scored)
+    batch = stages.narrow(stations.job, scored, jnp.zeros(P * G))
+    stations.set(mask_truncated_completions=False)
+    assert numbers["rollout/rows_trained"] == 5
+    assert jnp.any(batch.trajectories.action_mask, axis=1).tolist() == finished.tolist()
+
+
 # --- widths and evaluation (Q)
 
 
@@ -523,7 +548,10 @@ def test_every_logged_mean_is_that_of_the_dumped_completions(tmp_path, monkeypat
             "completions/mean_length": length.mean(),
             "completions/min_length": length.min(),
             "completions/max_length": length.max(),
+            "nonfinite_rewards": 1 - want["usable"].mean(),
             "rollout/groups_drawn": P,
+            "rollout/groups_differing": (want["stds"] > 0).sum(),
+            "rollout/rows_trained": P * G,
             "num_tokens": tokens,
             "tokens_per_second/decode": length.sum() / row["timing/rollout"],
             "loss": loss,
@@ -617,6 +645,10 @@ def test_resume_at_the_end_of_an_epoch(tmp_path):
     embed = state.params["embed"]
     np.testing.assert_array_equal(embed, one["params/embed"])
     assert embed.addressable_shards[0].data.size == embed.size // 2
+    # taking the policy of now for a lost reference would change the objective in silence
+    shutil.rmtree(parts / "reference")
+    with pytest.raises(CheckpointError, match="has lost the reference model"):
+        loop.run(make_job(tmp_path, **options, **{"num_steps": 5}), parts)
 
 
 def test_a_run_imports_the_slices_of_its_mesh(tmp_path):
