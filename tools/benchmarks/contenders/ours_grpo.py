@@ -93,7 +93,7 @@ def main() -> None:
     c.rollout.max_completion_length = task["new_tokens"]
     c.rollout.temperature, c.rollout.top_p = task["temperature"], task["top_p"]
     c.reward.functions = (f"{pathlib.Path(worker.__file__).resolve()}:even_share",)
-    c.train.micro_batch_rows = 4  # the gradient is the same; what is in flight fits the cache
+    c.train.micro_batch_rows = task["num_generations"]  # a group at a time: what is in flight fits the cache
     c.optimizer.learning_rate = task["learning_rate"]
     c.checkpoint.every, c.checkpoint.export = 1_000_000, False
     c.log.completions_every, c.log.plots = 0, False
