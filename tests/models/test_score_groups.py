@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from jaxrl_llm.models import params as params_lib
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.attention import causal_attention, splash_rows
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.scoring import score, score_groups
-from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
+from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
 from jaxrl_llm.trajectory import length_mask
 
 QWEN = ModelConfig(
@@ -140,3 +141,28 @@ def test_a_tpu_gets_the_kernel_for_prompts_and_continuations():
 
     lowered = jax.jit(jax.grad(loss)).trace(params, tokens, mask).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") == 2 * 3  # forward and two backward kernels each
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("cfg", [QWEN, GEMMA], ids=["global", "local_and_capped"])
+def test_compiles_for_tpu(monkeypatch, cfg):
+    """By the real compiler for 4 chips, 2 by 2: lengths that the kernel's do not divide, with gradients."""
+    pytest.importorskip("libtpu")
+    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh, rules = make_mesh(fsdp=2, tensor=2, devices=chips), ShardingRules()
+    cfg = dataclasses.replace(cfg, hidden_size=128, head_dim=32, intermediate_size=256, vocab_size=64)
+    specs, inputs = transformer.param_specs(cfg), make_rows()
+
+    def place(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def loss(params, tokens, mask):
+        fn = grouped(cfg, rules=rules, remat="dots", dtype=jnp.bfloat16)
+        return fn(params, tokens, mask).logp.mean()
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(place, params_lib.abstract(specs), shardings(specs, mesh, rules))
+        rows = (place(x, batch_sharding(mesh, rules)) for x in inputs)
+        jax.jit(jax.grad(loss)).lower(params, *rows).compile()
