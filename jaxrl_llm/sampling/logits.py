@@ -147,21 +147,18 @@ def threshold(weights: Array, total: Array, sampling: Sampling) -> Array:
     off = jnp.zeros_like(total)
     floor = jnp.full_like(total, -SEARCH_RANGE)
 
-    def by_top_k(_: None) -> tuple[Array, Array, Array]:
+    def by_top_k(_: None) -> tuple[Array, Array]:
         least = sampling.top_k.astype(jnp.float32)
         found = _bisect(jnp.ones_like(weights), weights, least, floor, jnp.ones_like)
         found = jnp.where(sampling.top_k > 0, found, off)
-        kept = jnp.where(weights >= found[:, None, None], weights, 0.0)
-        return found, kept, _total(kept)
+        return found, _total(jnp.where(weights >= found[:, None, None], weights, 0.0))
 
-    by_k, kept, total = jax.lax.cond(
-        jnp.any(sampling.top_k > 0), by_top_k, lambda _: (off, weights, total), None
-    )
+    by_k, total = jax.lax.cond(jnp.any(sampling.top_k > 0), by_top_k, lambda _: (off, total), None)
 
     def by_top_p(_: None) -> Array:
         # tokens lighter than this hold less than 1 - top_p even if they are all there are
         low = jnp.log((1 - sampling.top_p) * total / size + math.exp(-SEARCH_RANGE))
-        found = _bisect(kept, kept, sampling.top_p * total, low, jnp.exp)
+        found = _bisect(weights, weights, sampling.top_p * total, low, jnp.exp)
         return jnp.where(sampling.top_p < 1, jnp.maximum(found, by_k), by_k)
 
     found = jax.lax.cond(jnp.any(sampling.top_p < 1), by_top_p, lambda _: by_k, None)

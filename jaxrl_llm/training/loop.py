@@ -390,6 +390,7 @@ def run(job: Job, workdir: Path) -> None:
                         )
                     if scored is None:
                         finish_step({"rollout/skipped": 1.0})
+                        tick(host.step - rl_begins, {})
                         continue
                     with timed(timings, "advantage"):
                         advantages, metrics = compute_advantages(job, scored)

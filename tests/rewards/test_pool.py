@@ -245,7 +245,11 @@ def test_no_process_outlives_the_program(tmp_path, ending):
     """Run by `python -m` without a `__main__` guard, which the workers must not import again."""
     (tmp_path / "program.py").write_text(MAIN.format(function=f"{USER}:bare_row"))
     program = subprocess.Popen(
-        [sys.executable, "-m", "program"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "program"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
     assert program.stdout.readline() == b"ready\n"
     workers = [child.pid for child in psutil.Process(program.pid).children(recursive=True)]

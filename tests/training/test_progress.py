@@ -116,6 +116,7 @@ def test_ctrl_c_on_a_real_terminal() -> None:
         stderr=subprocess.PIPE,
         env=env,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
     os.close(terminal)
     output = b""
