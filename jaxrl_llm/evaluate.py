@@ -21,6 +21,8 @@ _OUT = absl_flags.DEFINE_string("out", None, "File to write the figures to, as J
 
 
 def main(argv: list[str]) -> None:
+    import jax
+
     from jaxrl_llm.rewards.pool import RewardPool
     from jaxrl_llm.sampling.autoregressive import prepare
     from jaxrl_llm.training import job as jobs
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> None:
         flags.fail(error)
     c = job.config
     with (
+        jax.set_mesh(job.mesh),
         RewardPool(
             jobs.reward_specs(c),
             workers=c.reward.workers,

@@ -28,10 +28,9 @@ def main(argv: list[str]) -> None:
     started, workdir = time.time(), flags.workdir()
     assert workdir is not None
     try:
-        job = jobs.build(flags.config())
+        job = jobs.validate(flags.config(), title=str(workdir))
     except (ValueError, FileNotFoundError) as error:  # mistakes in what the user named, all found by now
         flags.fail(error)
-    summary(jobs.describe(job), title=str(workdir))
     try:
         loop.run(job, workdir)
     except (

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -132,11 +132,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: ShardingRules | N
     """
     if rules is None:
         return x
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        raise ValueError(
-            "sharding rules need a mesh: call inside `with jax.set_mesh(mesh)`, or pass rules=None"
-        )
+    mesh = _mesh_in_context()
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axes {tuple(axes)} for an array of shape {x.shape}")
     partition = rules.spec(axes)
@@ -144,17 +140,30 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: ShardingRules | N
     return jax.lax.with_sharding_constraint(x, partition)
 
 
-def num_pieces(axis: str, rules: ShardingRules | None) -> int:
-    """Into how many pieces a logical axis is cut on the mesh in context; 1 where rules is None."""
+def num_shards(axis: str, rules: ShardingRules | None) -> int:
+    """Into how many pieces a logical axis is cut on the mesh in context; 1 where rules is None.
+
+    Raises:
+      ValueError: rules without a mesh in context.
+    """
     if rules is None:
         return 1
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = _mesh_in_context().shape
     return math.prod(sizes[name] for name in _as_tuple(getattr(rules, axis)))
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """How arrays whose first dimension is the batch are fed: [N, ...] with N spread as `rules.batch` says."""
     return NamedSharding(mesh, rules.spec(("batch",)))
+
+
+def _mesh_in_context() -> AbstractMesh:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            "sharding rules need a mesh: call inside `with jax.set_mesh(mesh)`, or pass rules=None"
+        )
+    return mesh
 
 
 def _as_tuple(rule: MeshAxes) -> tuple[str, ...]:

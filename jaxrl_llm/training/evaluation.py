@@ -12,7 +12,7 @@ from jaxrl_llm.data.prompts import Prompt
 from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.parallel.sharding import ShardingRules, num_pieces
+from jaxrl_llm.parallel.sharding import ShardingRules, num_shards
 from jaxrl_llm.rewards.pool import RewardPool
 from jaxrl_llm.rollouts.single_turn import Rollout, Settings, rollout
 from jaxrl_llm.training.rewarding import total_rewards
@@ -120,7 +120,7 @@ def evaluate(
     """
     k = settings.num_generations
     rollouts, scores = [], []
-    pieces = num_pieces("batch", rules)
+    pieces = num_shards("batch", rules)
     batch_prompts = min(batch_prompts, -(-len(prompts) // pieces) * pieces)  # no more than it takes
     for start in range(0, len(prompts), batch_prompts):
         batch = list(prompts[start : start + batch_prompts])

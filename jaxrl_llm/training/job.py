@@ -23,6 +23,7 @@ from jaxrl_llm.rewards.specs import as_spec, check_columns, resolve
 from jaxrl_llm.rollouts.single_turn import Settings
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import check
+from jaxrl_llm.training.progress import summary
 
 GIB = 2**30
 FILES = ("jsonl", "parquet")
@@ -305,6 +306,17 @@ def export(job: Job, params: Tree, folder: Path) -> None:
     job.tokenizer.save(folder)
 
 
+def validate(c: ConfigDict, title: str = "config") -> Job:
+    """`build`, with the derived sizes of the run printed under the title.
+
+    Raises:
+      ValueError, FileNotFoundError: as `build`.
+    """
+    job = build(c)
+    summary(describe(job), title=title)
+    return job
+
+
 def describe(job: Job) -> list[tuple[str, str]]:
     """Derived sizes of the run, (name, value): what it will do and need, before anything compiles."""
     c, cfg = job.config, job.cfg
@@ -317,7 +329,8 @@ def describe(job: Job) -> list[tuple[str, str]]:
     spread = job.mesh.shape["data"] * job.mesh.shape["fsdp"]
     # params, gradients and two moments in float32; the sampler's copy in the compute dtype; a reference
     weights = parameters * (16 + width + (4 if c.loss.beta and c.num_steps else 0)) / pieces
-    cache = 2 * cfg.num_layers * rows * length * cfg.num_kv_heads * cfg.head_dim * width / spread
+    slots = c.rollout.prompts_per_step * c.data.max_prompt_length + rows * c.rollout.max_completion_length
+    cache = 2 * cfg.num_layers * slots * cfg.num_kv_heads * cfg.head_dim * width / spread
     # what a backward pass keeps of a layer: about eight [T, D] and three [T, F] arrays, or its input alone
     kept = cfg.hidden_size if c.model.remat == "full" else 8 * cfg.hidden_size + 3 * cfg.intermediate_size
     activations = micro * length * cfg.num_layers * kept * width / spread

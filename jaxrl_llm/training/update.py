@@ -32,7 +32,7 @@ from jaxrl_llm.losses import (
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.models.scoring import Scores, score, score_groups
-from jaxrl_llm.parallel.sharding import ShardingRules, num_pieces
+from jaxrl_llm.parallel.sharding import ShardingRules, num_shards
 from jaxrl_llm.training.config import accepted, lookup
 from jaxrl_llm.training.state import TrainState
 from jaxrl_llm.trajectory import Trajectories
@@ -115,7 +115,7 @@ def shared(rows: int, group_size: int, rules: ShardingRules | None) -> int:
 
     Whole groups if they fit; parts of them where a micro-batch, or a device's part of it, is smaller.
     """
-    devices = num_pieces("batch", rules)
+    devices = num_shards("batch", rules)
     sizes = range(1, math.gcd(rows, group_size) + 1)
     return max(
         (g for g in sizes if math.gcd(rows, group_size) % g == 0 and rows // g % devices == 0), default=1

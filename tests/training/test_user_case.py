@@ -124,7 +124,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def environment(home) -> dict[str, str]:
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -305,6 +305,7 @@ def test_evaluate_and_sample_an_exported_folder(home, trained, ask):
             "--config.data.max_prompt_length=16",
             "--config.eval.data.path=test.jsonl",
             "--config.eval.num_generations=4",
+            "--config.mesh.data=2",
             "--config.reward.functions=('exact_match',)",
             "--out=figures.json",
         )
@@ -369,7 +370,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "choice": ((*NEW, "--config.loss.loss_aggregation=token_meen"), "did you mean 'token_mean'?"),
     "task": (NO_TASK, "basic_arithmetic"),
     "divisor": ((*NEW, "--config.train.micro_batch_rows=5"), "micro_batch_rows=5 does not divide"),
-    "mesh": ((*NEW, "--config.mesh.fsdp=3"), "needs 3 devices, there are 1"),
+    "mesh": ((*NEW, "--config.mesh.fsdp=3"), "needs 3 devices, there are 2"),
     "too few": (
         (*NEW, "--config.rollout.num_generations=0"),
         "rollout.num_generations=0: at least 1",
