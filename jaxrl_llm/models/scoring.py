@@ -9,7 +9,7 @@ from jaxrl_kernels.linear_logprob import linear_logprob
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.parallel.sharding import ShardingRules
+from jaxrl_llm.parallel.sharding import ShardingRules, mesh_axes, mesh_in_context
 
 Array = jax.Array
 
@@ -63,7 +63,7 @@ def score(
     # a stable sort of "not wanted" lists each row's wanted columns first, in order
     columns = jnp.argsort(~wanted, axis=1, stable=True)[:, :size]
     picked = jnp.take_along_axis(hidden[:, :-1], columns[:, :, None], axis=1)
-    return _scores(params, picked, tokens, mask, columns + 1, cfg, temperature)
+    return _scores(params, picked, tokens, mask, columns + 1, cfg, temperature, rules)
 
 
 def score_groups(
@@ -106,7 +106,7 @@ def score_groups(
     )
     last = jnp.repeat(prompt[:, -1:], group_size, axis=0)
     hidden = jnp.concatenate([last, hidden[:, :-1]], axis=1)  # what predicts each token stands before it
-    scores = _scores(params, hidden, tokens, mask, columns, cfg, temperature)
+    scores = _scores(params, hidden, tokens, mask, columns, cfg, temperature, rules)
     reached = jnp.sum(mask) == jnp.sum(mask & (jnp.arange(width) <= columns[:, -1:]))
     return Scores(*(jnp.where(reached, x, jnp.nan) for x in scores))
 
@@ -119,18 +119,21 @@ def _scores(
     columns: Array,
     cfg: ModelConfig,
     temperature: Array | float,
+    rules: ShardingRules | None,
 ) -> Scores:
     """Scores of the tokens in `columns` i32[N, C] (no two alike) from the states f[N, C, D] before them."""
     (rows, width), size = tokens.shape, columns.shape[1]
     inside = jnp.minimum(columns, width - 1)
+    kept = jnp.take_along_axis(mask, inside, axis=1)
     stats = linear_logprob(
         hidden.reshape(rows * size, -1),
         transformer.head(params),
         jnp.take_along_axis(tokens, inside, axis=1).reshape(-1),
         temperature=jnp.repeat(jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), rows), size),
         softcap=cfg.logit_softcap,
+        active=kept.reshape(-1),
+        **_mesh_axes(rules),
     )
-    kept = jnp.take_along_axis(mask, inside, axis=1)
     index = jnp.arange(rows)[:, None]
 
     def place(x: Array) -> Array:
@@ -139,3 +142,17 @@ def _scores(
         return placed.at[index, columns].set(values, mode="drop", unique_indices=True)
 
     return Scores(place(stats.logp), place(stats.entropy))
+
+
+def _mesh_axes(rules: ShardingRules | None) -> dict[str, Any]:
+    """How `linear_logprob` is to cut rows and the vocabulary matrix on the mesh in context."""
+    if rules is None:
+        return {}
+    rows, vocab, embed = (mesh_axes(rule) for rule in (rules.batch, rules.vocab, rules.embed))
+    return {
+        "mesh": mesh_in_context(),
+        "row_axes": rows,
+        # an axis that is not passed on is gathered by the compiler
+        "vocab_axis": vocab[0] if len(vocab) == 1 else None,
+        "embed_axis": embed[0] if len(embed) == 1 and embed[0] in rows else None,
+    }

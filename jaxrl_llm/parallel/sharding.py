@@ -87,7 +87,7 @@ class ShardingRules:
             if axis not in names:
                 raise ValueError(f"unknown logical axis {axis!r}; one of {', '.join(names)}")
             rule: MeshAxes = getattr(self, axis)
-            for mesh_axis in _as_tuple(rule):
+            for mesh_axis in mesh_axes(rule):
                 if mesh_axis in used:
                     raise ValueError(
                         f"axes {tuple(axes)}: mesh axis {mesh_axis!r} is used for both {used[mesh_axis]!r} "
@@ -132,7 +132,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: ShardingRules | N
     """
     if rules is None:
         return x
-    mesh = _mesh_in_context()
+    mesh = mesh_in_context()
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axes {tuple(axes)} for an array of shape {x.shape}")
     partition = rules.spec(axes)
@@ -148,8 +148,8 @@ def num_shards(axis: str, rules: ShardingRules | None) -> int:
     """
     if rules is None:
         return 1
-    sizes = _mesh_in_context().shape
-    return math.prod(sizes[name] for name in _as_tuple(getattr(rules, axis)))
+    sizes = mesh_in_context().shape
+    return math.prod(sizes[name] for name in mesh_axes(getattr(rules, axis)))
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
@@ -157,7 +157,12 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, rules.spec(("batch",)))
 
 
-def _mesh_in_context() -> AbstractMesh:
+def mesh_in_context() -> AbstractMesh:
+    """The mesh of `jax.set_mesh`.
+
+    Raises:
+      ValueError: there is none.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError(
@@ -166,7 +171,8 @@ def _mesh_in_context() -> AbstractMesh:
     return mesh
 
 
-def _as_tuple(rule: MeshAxes) -> tuple[str, ...]:
+def mesh_axes(rule: MeshAxes) -> tuple[str, ...]:
+    """A rule as the mesh axes it names."""
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
@@ -174,13 +180,13 @@ def _check_divides(
     name: str, shape: tuple[int, ...], axes: Sequence[str | None], partition: PartitionSpec, mesh: Any
 ) -> None:
     for size, axis, rule in zip(shape, axes, partition):
-        for mesh_axis in _as_tuple(rule):
+        for mesh_axis in mesh_axes(rule):
             if mesh_axis not in mesh.shape:
                 raise ValueError(f"rule for {axis!r} names {mesh_axis!r}; mesh axes: {', '.join(mesh.shape)}")
-        pieces = int(np.prod([mesh.shape[a] for a in _as_tuple(rule)], dtype=int))
+        pieces = int(np.prod([mesh.shape[a] for a in mesh_axes(rule)], dtype=int))
         if size % pieces:
             raise ValueError(
-                f"{name} of shape {shape}: {axis!r} has size {size}, which mesh axes {_as_tuple(rule)} of "
+                f"{name} of shape {shape}: {axis!r} has size {size}, which mesh axes {mesh_axes(rule)} of "
                 f"total size {pieces} do not divide; choose another mesh, or replicate it with "
                 f"dataclasses.replace(rules, {axis}=None)"
             )

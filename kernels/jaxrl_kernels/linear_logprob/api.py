@@ -1,15 +1,22 @@
-"""`linear_logprob`: one function, bounded memory."""
+"""`linear_logprob`: one function for every platform, sharded or not."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxrl_kernels.linear_logprob import reference
+from jaxrl_kernels import dispatch
+from jaxrl_kernels.linear_logprob import pallas_tpu, tiles, xla
 from jaxrl_kernels.linear_logprob.reference import LogprobStats
+from jaxrl_kernels.linear_logprob.tiles import Operands, Sums
+from jaxrl_kernels.manual import vary
 
 Array = jax.Array
-
-MAX_LOGITS = 1 << 24
-"""Logits in flight at once: 64 MiB of float32. Rows beyond are taken in turn and recomputed backwards."""
 
 
 def linear_logprob(
@@ -20,44 +27,199 @@ def linear_logprob(
     temperature: Array | float = 1.0,
     softcap: float | None = None,
     bias: Array | None = None,
+    active: Array | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    row_axes: Sequence[str] = (),
+    vocab_axis: str | None = None,
+    embed_axis: str | None = None,
+    implementation: str | None = None,
 ) -> LogprobStats:
-    """log softmax(cap(hidden·headᵀ + bias) / temperature) at the targets, with its entropy.
+    """log softmax(cap(hidden·headᵀ + bias) / temperature) at the targets, with its entropy; no [N, V] array.
 
-    Differentiable in `hidden`, `head` and `bias` through all three results.
+    Differentiable in `hidden`, `head` and `bias` through all three results, once. The backward pass computes
+    the logits a second time, skips blocks of rows whose cotangents are all 0 (masked, clipped, without
+    advantage), and leaves out the head's gradient where the head is a constant.
+
+    Example:
+      >>> hidden, head = jnp.eye(2), jnp.zeros((4, 2))
+      >>> stats = linear_logprob(hidden, head, jnp.array([3, 0]))  # four equal logits
+      >>> [round(float(x), 4) for x in (stats.logp[0], stats.entropy[0], stats.lse[0])]
+      [-1.3863, 1.3863, 1.3863]
 
     Args:
-      hidden: f[N, D].  head: f[V, D], cast to hidden's dtype; products accumulate in float32.
-      targets: i32[N] in [0, V).
-      temperature: scalar or f32[N], above 0.
-      softcap: c of c·tanh(z/c), before the temperature; None = off.
+      hidden: f[N, D].
+      head: f[V, D], cast to hidden's dtype. Products accumulate in float32.
+      targets: i32[N] in [0, V). A row whose target lies outside, such as -100, is not active.
+      temperature: scalar or f32[N], above 0; a constant.
+      softcap: c of cap(z) = c·tanh(z/c), before the temperature; None = off.
       bias: f[V] or None.
+      active: bool[N] rows that are wanted; None = all. The others get 0, have no gradient, and may hold
+        anything, NaN included; work is saved where they come in blocks.
+      mesh: to work on, each device on its part: the Mosaic and Triton kernels cannot be partitioned by the
+        compiler. None = the arrays are on one device, or inside a `shard_map` of the caller's.
+      row_axes: mesh axes over which N is cut.
+      vocab_axis: mesh axis over which V is cut, or None.
+      embed_axis: mesh axis, one of `row_axes`, over which the head's D is cut, or None. The head is gathered
+        over it here, and its gradient reduced and scattered.
+      implementation: "xla", "pallas_tpu", or None for that of the platform compiled for.
 
     Returns:
-      `LogprobStats` of float32[N], in nats.
+      `LogprobStats` of float32[N], in nats; logp ≤ 0.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together or are not divided by the mesh, an unknown axis or
+        implementation.
     """
+    _check(hidden, head, targets, bias, active)
+    vocab = head.shape[0]
+    wanted = (targets >= 0) & (targets < vocab)
+    if active is not None:
+        wanted = wanted & active
+        hidden = jnp.where(active[:, None], hidden, 0)
+    scale = None
+    if not (isinstance(temperature, (int, float)) and temperature == 1):
+        temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+        scale = jnp.broadcast_to(1 / temperature, targets.shape)
+    x = Operands(hidden, head.astype(hidden.dtype), targets.astype(jnp.int32), wanted, scale, bias)
+    if mesh is None:
+        if row_axes or vocab_axis or embed_axis:
+            raise ValueError("row_axes, vocab_axis and embed_axis are axes of a mesh: pass mesh=")
+        return _stats(_How(softcap, None, implementation), x)
+    return _sharded(x, mesh, tuple(row_axes), vocab_axis, embed_axis, softcap, implementation)
+
+
+BODIES: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu}
+
+
+class _How(NamedTuple):
+    """What is static."""
+
+    softcap: float | None
+    vocab_axis: str | None
+    implementation: str | None
+
+
+def _sharded(
+    x: Operands,
+    mesh: Mesh | AbstractMesh,
+    row_axes: tuple[str, ...],
+    vocab_axis: str | None,
+    embed_axis: str | None,
+    softcap: float | None,
+    implementation: str | None,
+) -> LogprobStats:
+    """`_stats` of every device's part. Gradients add up where a copy is typed as varying or gathered."""
+    _check_mesh(x, mesh, row_axes, vocab_axis, embed_axis)
+    rows = PartitionSpec(row_axes or None)
+    specs: dict[str, Any] = {
+        "hidden": PartitionSpec(row_axes or None, None),
+        "head": PartitionSpec(vocab_axis, embed_axis),
+        "targets": rows,
+        "active": rows,
+        "scale": None if x.scale is None else rows,
+        "bias": None if x.bias is None else PartitionSpec(vocab_axis),
+    }
+
+    def local(x: Operands) -> LogprobStats:
+        axes = row_axes if vocab_axis is None else (*row_axes, vocab_axis)
+        tensors = jax.tree.map(lambda a: vary(a, axes), (x.hidden, x.head, x.bias))
+        x = x._replace(hidden=tensors[0], head=tensors[1], bias=tensors[2])
+        if embed_axis is not None:
+            x = x._replace(head=jax.lax.all_gather(x.head, embed_axis, axis=1, tiled=True))
+        return _stats(_How(softcap, vocab_axis, implementation), x)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(Operands(**specs),), out_specs=rows, check_vma=True)(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(how: _How, x: Operands) -> LogprobStats:
+    """Results of the rows; the vocabulary may be cut over a mesh axis."""
+    bodies = {name: functools.partial(body.forward, softcap=how.softcap) for name, body in BODIES.items()}
+    sums = dispatch.run(how.implementation, _shard(x, how.vocab_axis), **bodies)
+    if how.vocab_axis is not None:
+        sums = _merge(sums, how.vocab_axis)
+    return LogprobStats(*(jnp.where(x.active, value, 0) for value in tiles.finish(sums)))
+
+
+def _stats_forward(how: _How, x: Any) -> tuple[LogprobStats, Any]:
+    """With symbolic zeros a leaf of `x` is (value, whether it is differentiated)."""
+    is_differentiated = x.head.perturbed or (x.bias is not None and x.bias.perturbed)
+    operands = jax.tree.map(lambda leaf: leaf.value, x, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    stats = _stats(how, operands)
+    # what is kept must be arrays: an empty tuple says yes
+    return stats, (operands, stats, () if is_differentiated else None)
+
+
+def _stats_backward(how: _How, kept: Any, cotangents: LogprobStats) -> tuple[Any]:
+    x, stats, head_gradient = kept
+    with_entropy = not isinstance(cotangents.entropy, SymbolicZero)
+    zero = jnp.zeros_like(stats.logp)
+    cotangents = LogprobStats(*(zero if isinstance(g, SymbolicZero) else g for g in cotangents))
+    rows = tiles.coefficients(stats, cotangents, x.active, x.scale, with_entropy=with_entropy)
+    x = x._replace(active=x.active & functools.reduce(jnp.logical_or, (g != 0 for g in cotangents)))
+    axes = () if how.vocab_axis is None else (how.vocab_axis,)
+    rows = jax.tree.map(lambda a: vary(a, axes), rows)
+    bodies = {
+        name: functools.partial(body.backward, softcap=how.softcap, head_gradient=head_gradient is not None)
+        for name, body in BODIES.items()
+    }
+    dhidden, dhead, dbias = dispatch.run(how.implementation, _shard(x, how.vocab_axis), rows, **bodies)
+    gradients: dict[str, Any] = {name: None for name in Operands._fields}
+    return (Operands(**gradients | {"hidden": dhidden, "head": dhead, "bias": dbias}),)
+
+
+_stats.defvjp(_stats_forward, _stats_backward, symbolic_zeros=True)
+
+
+def _shard(x: Operands, vocab_axis: str | None) -> Operands:
+    """This shard of the vocabulary's view: targets counted from its first column, all typed as varying."""
+    if vocab_axis is None:
+        return x
+    x = x._replace(targets=x.targets - jax.lax.axis_index(vocab_axis) * x.head.shape[0])
+    return jax.tree.map(lambda a: vary(a, (vocab_axis,)), x)
+
+
+def _merge(sums: Sums, axis: str) -> Sums:
+    """Sums over all shards of the vocabulary: one maximum and one sum of three numbers per row."""
+    peak = jax.lax.pmax(sums.peak, axis)
+    moved = tiles.rebase(sums, peak)
+    total, moment, target = jax.lax.psum(jnp.stack([moved.total, moved.moment, moved.target]), axis)
+    return Sums(peak, total, moment, target)
+
+
+def _check(hidden: Array, head: Array, targets: Array, bias: Array | None, active: Array | None) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden {hidden.shape} and head {head.shape} must be [N, D] and [V, D]")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets {targets.shape} must be [N] with N={hidden.shape[0]}")
-    rows, vocab = hidden.shape[0], head.shape[0]
-    scale = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)
+    if 0 in hidden.shape or 0 in head.shape:
+        raise ValueError(f"hidden {hidden.shape} and head {head.shape} must not be empty")
+    if targets.shape != hidden.shape[:1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets {targets.dtype}{targets.shape} must be integers [N], N={hidden.shape[0]}")
+    if bias is not None and bias.shape != head.shape[:1]:
+        raise ValueError(f"bias {bias.shape} must be [V], V={head.shape[0]}")
+    if active is not None and (active.shape != targets.shape or active.dtype != bool):
+        raise ValueError(f"active {active.dtype}{active.shape} must be bool [N], N={hidden.shape[0]}")
 
-    def stats(hidden: Array, targets: Array, scale: Array) -> LogprobStats:
-        return reference.linear_logprob(hidden, head, targets, temperature=scale, softcap=softcap, bias=bias)
 
-    if rows * vocab <= MAX_LOGITS:
-        return stats(hidden, targets, scale)
-    chunk = max(1, MAX_LOGITS // vocab)
-
-    def pad(x: Array, fill: float) -> Array:
-        width = [(0, -rows % chunk)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, width, constant_values=fill).reshape(-1, chunk, *x.shape[1:])
-
-    def body(_: None, piece: tuple[Array, Array, Array]) -> tuple[None, LogprobStats]:
-        return None, jax.checkpoint(stats)(*piece)
-
-    _, out = jax.lax.scan(body, None, (pad(hidden, 0), pad(targets, 0), pad(scale, 1)))
-    return LogprobStats(*(x.reshape(-1)[:rows] for x in out))
+def _check_mesh(
+    x: Operands,
+    mesh: Mesh | AbstractMesh,
+    row_axes: tuple[str, ...],
+    vocab_axis: str | None,
+    embed_axis: str | None,
+) -> None:
+    axes = [*row_axes, *([] if vocab_axis is None else [vocab_axis])]
+    unknown = [axis for axis in axes if axis not in mesh.shape]
+    if unknown or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"row_axes {row_axes} and vocab_axis {vocab_axis!r} must be distinct of {mesh.axis_names}"
+        )
+    if embed_axis is not None and embed_axis not in row_axes:
+        raise ValueError(f"embed_axis {embed_axis!r} must be one of row_axes {row_axes}")
+    for name, size, cut in (
+        ("N", x.hidden.shape[0], row_axes),
+        ("V", x.head.shape[0], () if vocab_axis is None else (vocab_axis,)),
+        ("D", x.head.shape[1], () if embed_axis is None else (embed_axis,)),
+    ):
+        pieces = math.prod(mesh.shape[axis] for axis in cut)
+        if size % pieces:
+            raise ValueError(f"{name}={size} is not divisible by {pieces}, the devices along {cut}")

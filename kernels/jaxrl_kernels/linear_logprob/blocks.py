@@ -1,0 +1,87 @@
+"""Tile sizes, by TPU generation and width of the hidden state."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+"""Columns of a TPU register: the unit of a tile's columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One step of a kernel works on `rows` × `columns` logits."""
+
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """How a generation is used.
+
+    Attributes:
+      vmem_mib: on-chip memory a kernel may take, of the 128 (v5e, v6e), 64 (v5p, v7x) or 16 (v4) there is.
+      forward, backward: width D -> tile. A width takes the tile of the next width listed, and beyond the
+        last one its columns in proportion.
+    """
+
+    vmem_mib: int
+    forward: Mapping[int, Tile]
+    backward: Mapping[int, Tile]
+
+
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(14, {2048: Tile(256, 256), 4096: Tile(128, 256)}, {2048: Tile(128, 256), 4096: Tile(64, 128)}),
+    "v5e": Chip(100, {4096: Tile(512, 1024)}, {4096: Tile(512, 1024)}),
+    "v5p": Chip(60, {4096: Tile(512, 1024)}, {2048: Tile(256, 1024), 4096: Tile(256, 512)}),
+    "v6e": Chip(100, {4096: Tile(512, 2048)}, {2048: Tile(512, 2048), 4096: Tile(512, 1024)}),
+    "7x": Chip(60, {4096: Tile(512, 1024)}, {2048: Tile(256, 1024), 4096: Tile(256, 512)}),
+}
+"""By `pltpu.ChipVersion`."""
+
+UNKNOWN = "v4"
+"""Whose tiles fit on every generation: for compiling without a mesh that says which chip it is for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tiles for one call.
+
+    Attributes:
+      forward, backward: tiles.
+      vmem_mib: to ask for.
+      cores: that share the backward pass of one device, each with its own part of the vocabulary.
+    """
+
+    forward: Tile
+    backward: Tile
+    vmem_mib: int
+    cores: int = 1
+
+
+def plan(width: int) -> Plan:
+    """For the chip of the mesh in context, or of the default device; for any chip if that is no TPU.
+
+    Args:
+      width: D of the hidden states.
+    """
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:  # "Unsupported TPU device kind: cpu"
+        name, cores = UNKNOWN, 1
+    else:
+        name, cores = info.chip_version.value, info.num_cores
+    chip = CHIPS.get(name, CHIPS[UNKNOWN])
+    return Plan(_tile(chip.forward, width), _tile(chip.backward, width), chip.vmem_mib, cores)
+
+
+def _tile(table: Mapping[int, Tile], width: int) -> Tile:
+    listed = min((d for d in table if d >= width), default=None)
+    if listed is not None:
+        return table[listed]
+    largest = max(table)
+    tile = table[largest]
+    columns = tile.columns * largest // width
+    return Tile(tile.rows, max(LANES, columns // LANES * LANES))
