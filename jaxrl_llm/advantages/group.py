@@ -1,15 +1,9 @@
-"""Advantages from comparing the rows of one group, by name in `ADVANTAGES`.
-
-Every advantage is `(rewards f[N], group i[N], valid bool[N] | None, *, options) -> (advantages f[N],
-metrics)`. Weighting and adding several reward functions comes before: the total arrives here.
-"""
-
-from collections.abc import Callable
+"""Advantages from comparing the rows of one group: the functions behind most names in `ADVANTAGES`."""
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.advantages.segments import segment_ids, segment_moments
+from jaxrl_llm.advantages.segments import segment_ids, segment_moments, segment_sum
 from jaxrl_llm.losses.aggregation import Array, Metrics, check_same_shape, float_of, masked_sum
 
 SCALES = ("group", "batch", "none")
@@ -25,12 +19,14 @@ def group_advantage(
     baseline: str = "mean",
     epsilon: float = 1e-6,
     ddof: int = 1,
+    sample_weight: Array | None = None,
 ) -> tuple[Array, Metrics]:
     """Reward minus the group's baseline, over a standard deviation.
 
     A_i = (r_i − b_i) / (σ + ε)
 
-      b_i: the mean reward of i's group, or of the others in it (leave_one_out)
+      b_i: the mean reward of i's group, or of the others in it (leave_one_out), or with sample weights ω
+        the group's mean of ω_j·r_j
       σ: the standard deviation of i's group, or of the whole batch's rewards; scale = none leaves r_i − b_i
 
     A group whose valid rewards are all equal, a group of one included, gets exactly 0. Rows with a NaN or
@@ -49,6 +45,7 @@ def group_advantage(
       baseline: one of `BASELINES`.
       epsilon: added to the standard deviation (1e-4 in TRL).
       ddof: 1 for the sample standard deviation, 0 for the population's.
+      sample_weight: f[N] factors of the rewards in the baseline mean alone (`hacpo`); constants.
 
     Returns:
       advantages: f[N] without gradient, float32 or wider, finite for finite rewards up to 1e18 in size.
@@ -57,7 +54,7 @@ def group_advantage(
         valid rows whose reward is NaN or infinite. Groups without a usable row are not counted.
 
     Raises:
-      ValueError: unknown scale or baseline, or shapes that differ.
+      ValueError: unknown scale or baseline, shapes that differ, or sample weights under leave_one_out.
 
     References:
       2402.03300 §4.1.2 (mean, group); 2503.20783 (mean, none); 2402.14740 (leave_one_out, none).
@@ -66,6 +63,8 @@ def group_advantage(
         raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
     if baseline not in BASELINES:
         raise ValueError(f"unknown baseline {baseline!r}; one of {', '.join(BASELINES)}")
+    if sample_weight is not None and baseline != "mean":
+        raise ValueError(f"sample_weight weighs a mean over the whole group: baseline {baseline!r} has none")
     rewards = jax.lax.stop_gradient(float_of(rewards))
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
     check_same_shape(rewards=rewards, group=group, valid=valid)
@@ -78,6 +77,11 @@ def group_advantage(
     advantages = moments.deviation
     if baseline == "leave_one_out":  # r_i − (S − r_i)/(n−1) = (r_i − S/n)·n/(n−1)
         advantages *= (moments.rows / jnp.maximum(moments.rows - 1, 1))[ids]
+    if sample_weight is not None:
+        # mean(ω·r) = mean(r) + mean((ω−1)·r): weights of 1 change nothing, not even by rounding
+        check_same_shape(rewards=rewards, sample_weight=sample_weight)
+        extra = (jax.lax.stop_gradient(float_of(sample_weight)) - 1) * rewards
+        advantages -= (segment_sum(extra, ids, counts) / jnp.maximum(moments.rows, 1))[ids]
     if scale == "group":
         advantages /= moments.std[ids] + epsilon
     elif scale == "batch":
@@ -125,9 +129,31 @@ def rloo(rewards: Array, group: Array, valid: Array | None = None) -> tuple[Arra
     return group_advantage(rewards, group, valid, scale="none", baseline="leave_one_out")
 
 
-ADVANTAGES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
-    "group": group_advantage,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-}
+def hacpo(
+    rewards: Array,
+    group: Array,
+    valid: Array | None = None,
+    *,
+    sample_weight: Array | None = None,
+    epsilon: float = 1e-6,
+    ddof: int = 1,
+) -> tuple[Array, Metrics]:
+    """HACPO (2603.02604): A = (r − mean of ω·r)/(std + ε) over the pooled rollouts of several agents.
+
+    For the learner k, ω of a row is P̂_k/P̂_j, the learner's recent mean reward over that of the agent j that
+    wrote the row: other agents' rewards enter the baseline at the learner's level, so a stronger learner has
+    a higher one. The standard deviation is that of the rewards as they are. The baseline is the mean reward
+    the learner would have where P̂_k/P̂_j holds prompt by prompt. Scaling all rewards changes nothing (but ε),
+    and one agent, or weights of 1 (None), is `grpo`.
+
+    Example:
+      >>> rewards, weight = jnp.array([0.0, 2.0, 4.0]), jnp.array([1.0, 1.0, 0.25])
+      >>> group = jnp.array([0, 0, 0])  # baseline (0 + 2 + 1) / 3, std 2
+      >>> hacpo(rewards, group, sample_weight=weight, epsilon=0.0)[0].tolist()
+      [-0.5, 0.5, 1.5]
+
+    Args, Returns and Raises: as `group_advantage`; eq. 6 to 8 of the paper. As in the authors' code a group
+    of equal rewards gets 0; its further guard, which replaces a baseline above the largest reward possible
+    by the mean of the learner's own rows, is left to the caller.
+    """
+    return group_advantage(rewards, group, valid, epsilon=epsilon, ddof=ddof, sample_weight=sample_weight)

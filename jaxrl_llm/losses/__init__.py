@@ -15,9 +15,9 @@ from jaxrl_llm.losses.aggregation import (
 from jaxrl_llm.losses.corrections import IMPORTANCE_SAMPLING_CORRECTIONS, importance_sampling_correction
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3, kl_k3_corrected
-from jaxrl_llm.losses.ratios import log_ratio, ratio_statistics
+from jaxrl_llm.losses.ratios import log_ratio, ratio_statistics, sequence_log_ratio
 from jaxrl_llm.losses.supervised import negative_log_likelihood
-from jaxrl_llm.losses.surrogates import SURROGATES, ppo_clip, reinforce
+from jaxrl_llm.losses.surrogates import SURROGATES, cispo, dgpo, gspo, ppo_clip, reinforce
 
 __all__ = [
     "AGGREGATIONS",
@@ -31,8 +31,11 @@ __all__ = [
     "Min",
     "WeightedSum",
     "aggregate",
+    "cispo",
+    "dgpo",
     "entropy_bonus",
     "finalize",
+    "gspo",
     "importance_sampling_correction",
     "kl_k1",
     "kl_k2",
@@ -44,4 +47,5 @@ __all__ = [
     "ppo_clip",
     "ratio_statistics",
     "reinforce",
+    "sequence_log_ratio",
 ]

@@ -61,6 +61,43 @@ def log_ratio(
     return d, {"clamped_ratio": masked_sum(outside, mask)}
 
 
+def sequence_log_ratio(
+    logp: Array, old_logp: Array, mask: Array, *, form: str = "sequence", clamp: float = LOG_RATIO_CLAMP
+) -> tuple[Array, Metrics]:
+    """Log-ratio of two policies per token of a whole sequence, clamped so that its exponential stays finite.
+
+    d_i = mean over the row's tokens of (logp − sg(old_logp)), held at ±clamp with gradient 0 beyond, and 0 in
+    a row without tokens. exp(d) is the geometric mean of the row's importance ratios.
+
+    Example:
+      >>> logp, old_logp = jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -3.5]])
+      >>> sequence_log_ratio(logp, old_logp, jnp.ones((1, 2), bool))[0].tolist()  # (0.5 + 1.5) / 2
+      [[1.0]]
+
+    Args:
+      logp, old_logp, mask, clamp: as `log_ratio`.
+      form: "sequence", or "token": the same value at each token, but as sg(d_i) + logp − sg(logp), so that
+        the gradient of a token's ratio reaches that token alone.
+
+    Returns:
+      d: f[N, 1], or f[N, T] in the token form (nats); float32 or wider.
+      metrics: `clamped_ratio`, the share of tokens in sequences beyond the clamp.
+
+    Raises:
+      ValueError: shapes that differ, or an unknown form.
+    """
+    if form not in ("sequence", "token"):
+        raise ValueError(f"unknown form {form!r}; one of sequence, token")
+    check_same_shape(logp=logp, old_logp=old_logp, mask=mask)
+    d = masked(logp, mask) - masked(jax.lax.stop_gradient(old_logp), mask)
+    tokens = jnp.sum(mask, axis=1, keepdims=True, dtype=d.dtype)
+    d, outside = clamp_log_ratio(jnp.sum(d, axis=1, keepdims=True) / jnp.maximum(tokens, 1), clamp)
+    if form == "token":
+        own = masked(logp, mask & ~outside)
+        d = jax.lax.stop_gradient(d) + (own - jax.lax.stop_gradient(own))
+    return d, {"clamped_ratio": masked_sum(outside, mask)}
+
+
 def ratio_statistics(logp: Array, behaviour_logp: Array, mask: Array) -> Metrics:
     """How far a policy has moved from the one that wrote the tokens, before anything is clipped.
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.advantages import ADVANTAGES, group_advantage, grpo
+from jaxrl_llm.advantages import ADVANTAGES, group_advantage, grpo, hacpo
 from jaxrl_llm.advantages.group import BASELINES, SCALES
 from jaxrl_llm.losses import finalize
 
@@ -63,8 +63,8 @@ def test_closed_forms():
 
 def test_names_are_settings_of_one_function():
     wanted = {"group": DEVIATION / GROUP_STD, "grpo": DEVIATION / GROUP_STD}
-    wanted |= {"dr_grpo": DEVIATION, "rloo": FROM_OTHERS}
-    assert wanted.keys() == ADVANTAGES.keys()
+    wanted |= {"dr_grpo": DEVIATION, "rloo": FROM_OTHERS, "hacpo": DEVIATION / GROUP_STD}
+    assert wanted.keys() == ADVANTAGES.keys() - {"ha_dw"}  # in test_difficulty.py
     for name, values in wanted.items():
         np.testing.assert_allclose(ADVANTAGES[name](REWARDS, GROUP)[0], values, rtol=2e-6)
         # without its last row group 5 is 0 and 2: deviations ∓1, std √2, differences from the other ∓2
@@ -74,6 +74,48 @@ def test_names_are_settings_of_one_function():
             np.array([-1, 1, 0]) * {"dr_grpo": 1, "rloo": 2}.get(name, 0.5**0.5),
             rtol=2e-6,
         )
+
+
+def test_sample_weights_move_the_baseline_alone():
+    """Group 5: mean of 3·0, 0.5·2, 2·4 is 3 instead of 2; group −1: of 2·1, 1·2 it is 2 instead of 1.5."""
+    weight = jnp.array([3.0, 2.0, 0.5, 1.0, 2.0])
+    baseline = np.where(GROUP == 5, 3, 2)
+    close(
+        hacpo(REWARDS, GROUP, sample_weight=weight, epsilon=0.5)[0], (REWARDS - baseline) / (GROUP_STD + 0.5)
+    )
+    close(group_advantage(REWARDS, GROUP, scale="none", sample_weight=weight)[0], REWARDS - baseline)
+    # without its last row the baseline of group 5 is (0 + 1) / 2
+    short, _ = group_advantage(REWARDS, GROUP, jnp.arange(5) < 4, scale="none", sample_weight=weight)
+    close(short, [-0.5, -1, 1.5, 0, 0])
+    for garbage in (np.nan, np.inf):  # in rows that do not count
+        dirty = REWARDS.at[4].set(garbage), GROUP
+        got, _ = group_advantage(*dirty, scale="none", sample_weight=weight.at[4].set(garbage))
+        np.testing.assert_array_equal(got, short)
+
+
+def test_capabilities():
+    """HACPO's baseline is the learner's own mean where the ratio of agents is the same on every prompt.
+
+    Agent 1 is half as good as agent 0 on both prompts, so ω = (1, 2) for learner 0 and (½, 1) for learner 1.
+    """
+    rewards, group, agent = jnp.array([0.4, 0.2, 0.8, 0.4]), jnp.array([0, 0, 1, 1]), jnp.array([0, 1, 0, 1])
+    for learner, (own, weight) in enumerate(zip(([0.4, 0.8], [0.2, 0.4]), ([1.0, 2.0], [0.5, 1.0]))):
+        got, _ = hacpo(rewards, group, sample_weight=jnp.array(weight)[agent], epsilon=0.0)
+        std = jnp.array([0.02, 0.08])[group] ** 0.5  # (0.1² + 0.1²)/1 and (0.2² + 0.2²)/1
+        close(got, (rewards - jnp.array(own)[group]) / std)
+        assert float(got[learner]) == pytest.approx(0, abs=1e-6)
+    scaled, _ = hacpo(7 * rewards, group, sample_weight=jnp.array([0.5, 1.0])[agent], epsilon=0.0)
+    np.testing.assert_allclose(scaled, got, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(rewards=st.lists(st.floats(-3, 3, width=32), min_size=9, max_size=9), weight=st.floats(0.1, 10))
+def test_weights_of_one_and_equal_rewards(rewards, weight):
+    """ω = 1 is GRPO bit by bit; a group of equal rewards gets 0 under any ω."""
+    rewards, group = jnp.array(rewards), jnp.arange(9) % 3
+    plain, weighted = (hacpo(rewards, group, sample_weight=w)[0] for w in (None, jnp.ones(9)))
+    np.testing.assert_array_equal(plain, weighted)
+    assert np.all(hacpo(rewards[group], group, sample_weight=jnp.full(9, weight))[0] == 0)
 
 
 def test_population_standard_deviation():
@@ -195,3 +237,7 @@ def test_errors_name_what_is_wrong():
         group_advantage(rewards, group, baseline="median")
     with pytest.raises(ValueError, match=r"rewards \(3,\), group \(2,\)"):
         group_advantage(rewards, group[:2])
+    with pytest.raises(ValueError, match=r"sample_weight \(2,\)"):
+        group_advantage(rewards, group, sample_weight=jnp.ones(2))
+    with pytest.raises(ValueError, match="baseline 'leave_one_out' has none"):
+        group_advantage(rewards, group, sample_weight=jnp.ones(3), baseline="leave_one_out")

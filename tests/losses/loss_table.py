@@ -49,6 +49,9 @@ def _whole(batch: Batch) -> tuple[jax.Array, Metrics]:
 ALL_LOSSES: dict[str, Loss] = {
     **{name: partial(_surrogate, function) for name, function in losses.SURROGATES.items()},
     "ppo_clip dual": partial(_surrogate, partial(losses.ppo_clip, epsilon_high=0.28, delta=1.5)),
+    "gspo token": partial(_surrogate, partial(losses.gspo, epsilon=0.1, form="token")),
+    "cispo upper": partial(_surrogate, partial(losses.cispo, epsilon=float("inf"), epsilon_high=0.28)),
+    "dgpo steep": partial(_surrogate, partial(losses.dgpo, left_decay=2.5, right_decay=1.0)),
     **{name: partial(_kl, function) for name, function in losses.KL_ESTIMATORS.items()},
     **{mode: partial(_corrected, mode) for mode in losses.IMPORTANCE_SAMPLING_CORRECTIONS},
     "negative_log_likelihood": lambda b: losses.negative_log_likelihood(b["logp"], b["mask"]),

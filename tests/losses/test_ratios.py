@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses import finalize, log_ratio, ratio_statistics
+from jaxrl_llm.losses import finalize, log_ratio, ratio_statistics, sequence_log_ratio
 
 ONES = jnp.ones((1, 4), bool)
 
@@ -95,3 +95,17 @@ def test_small_mismatch_survives_float32():
 def test_statistics_carry_no_gradient():
     total = lambda logp: sum(m[0] for m in ratio_statistics(logp, logp - 1, ONES).values())  # noqa: E731
     assert jax.grad(total)(jnp.zeros((1, 4))).tolist() == [[0, 0, 0, 0]]
+
+
+def test_sequences_average_before_the_clamp():
+    """Rows (30, −10), (50, .), (.) without a token, at a clamp of 20: means 10, 50 → 20, and 0."""
+    d = jnp.array([[30.0, -10.0], [50.0, jnp.nan], [jnp.inf, jnp.nan]])
+    mask = jnp.array([[True, True], [True, False], [False, False]])
+    for form, share in {"sequence": 0.5, "token": 1.0}.items():
+        total = lambda x: jnp.sum(sequence_log_ratio(x, jnp.zeros((3, 2)), mask, form=form)[0][:, 0])  # noqa: B023, E731
+        value, metrics = sequence_log_ratio(d, jnp.zeros((3, 2)), mask, form=form)
+        assert value[:, 0].tolist() == [10, 20, 0]
+        assert finalize(metrics) == pytest.approx({"clamped_ratio": 1 / 3})  # one of three tokens
+        assert jax.grad(total)(d).tolist() == [[share, 1 - share if share < 1 else 0], [0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="form 'row'; one of sequence, token"):
+        sequence_log_ratio(d, d, mask, form="row")

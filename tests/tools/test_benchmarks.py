@@ -8,13 +8,14 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
-MODULES = ("peers", "report", "toy", "harness", "sampler", "grpo_step")
+MODULES = ("peers", "report", "toy", "harness", "sampler", "grpo_step", "loss")
 
 
 @pytest.fixture
@@ -31,6 +32,12 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS / "contenders"))
     yield importlib.import_module("worker")
     sys.modules.pop("worker", None)
+
+
+@pytest.fixture
+def loss_worker(worker: ModuleType) -> Iterator[ModuleType]:
+    yield importlib.import_module("loss_worker")
+    sys.modules.pop("loss_worker", None)
 
 
 def contender(tools: SimpleNamespace, folder: pathlib.Path, name: str, body: str, **task: object):
@@ -50,7 +57,7 @@ ECHO = """
 """
 
 
-@pytest.mark.parametrize("name", ["sampler", "grpo_step"])
+@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss"])
 def test_defaults_and_flags(tools: SimpleNamespace, name: str, tmp_path: pathlib.Path) -> None:
     benchmark = getattr(tools, name).BENCHMARK
     args = tools.harness.parse_args([], benchmark)
@@ -78,10 +85,10 @@ def test_bad_flags_name_the_value(
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sampler", "grpo_step"])
+@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss"])
 def test_every_contender_has_its_script(tools: SimpleNamespace, name: str) -> None:
     benchmark = getattr(tools, name).BENCHMARK
-    assert set(benchmark.scripts) == {"jaxrl_llm", *(peer.name for peer in benchmark.peers)}
+    assert set(benchmark.scripts) == {*benchmark.own, *(peer.name for peer in benchmark.peers)}
     for script in benchmark.scripts.values():
         assert (BENCHMARKS / "contenders" / script).is_file()
     cases = set(next(benchmark.requests))
@@ -130,6 +137,16 @@ def test_other_versions_are_noted(tools: SimpleNamespace) -> None:
     assert differences({"transformers": "5.24.0", "torch": "2.13.0"}) == [
         "note: transformers is 5.24.0 here, and the goals are about 5.23.0"
     ]
+
+
+def test_peers_of_one_environment_share_its_flag(
+    tools: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tools.harness.parse_args(["--help"], tools.loss.BENCHMARK)
+    said = capsys.readouterr().out
+    assert said.count("  --torch_python PATH") == 1
+    assert "trl==1.16.0" in said and "liger-kernel==0.8.5" in said
 
 
 def test_nothing_installed_is_said_and_nothing_written(
@@ -271,3 +288,110 @@ def test_worker_tokenizer_and_reward(worker: ModuleType) -> None:
     assert numbers.decode([17, 3, 250]) == "17 3 250" and numbers.encode("17 3 250") == [17, 3, 250]
     assert numbers.eos_id() == 4096 and numbers.pad_id() == 4096  # never sampled
     assert worker.even_share([], [], [[2, 4, 5, 7], [1], [8, 8]]) == [0.5, 0.0, 1.0]
+
+
+def prepared(policy: float, hidden: float = 2.0, head: float = 3.0, **other: float) -> dict[str, object]:
+    return {"losses": {"policy": policy, **other}, "gradients": [hidden, head]}
+
+
+def test_same_losses_pass_and_others_are_refused(tools: SimpleNamespace) -> None:
+    check = tools.loss.check_same_loss
+    entropy_alone = {"losses": {"cross": 7.0}, "gradients": [90.0, 80.0]}
+    check({"a": prepared(1.0, cross=7.0), "b": prepared(1.00009, 2.0019), "c": entropy_alone})
+    check({"a": prepared(-1.0), "b": prepared(-1.00009)})
+    with pytest.raises(RuntimeError, match=r"a and b compute different losses: policy 1 and 1\.0002"):
+        check({"a": prepared(1.0), "b": prepared(1.0002)})
+    with pytest.raises(RuntimeError, match="policy -1 and 1"):
+        check({"a": prepared(-1.0), "b": prepared(1.0)})
+    with pytest.raises(RuntimeError, match=r"policy, gradient of head 3 and 3\.01"):
+        check({"a": prepared(1.0), "b": prepared(1.0, head=3.01)})
+    with pytest.raises(RuntimeError, match=r"a and c .*: cross 6 and 7"):
+        check({"a": prepared(1.0, cross=6.0), "c": entropy_alone})
+    with pytest.raises(RuntimeError, match="nan"):
+        check({"a": prepared(1.0), "b": prepared(float("nan"))})
+
+
+def test_the_goal_is_about_the_fastest_other(tools: SimpleNamespace) -> None:
+    row = tools.report.Row
+    slow = [row("x", "jaxrl_llm", [1.0], 1), row("x", "a", [3.0], 1), row("x", "b", [2.0], 1)]
+    fast = [row("y", "jaxrl_llm", [9.0], 1), row("y", "a", [1.0], 1), row("y", "b", [2.0], 1)]
+    assert tools.loss.fastest_goals(slow + fast) == {("x", "b"): 1.25, ("y", "a"): 1.25}
+    assert tools.loss.fastest_goals(slow[:1]) == {}
+
+
+def test_tables_of_the_loss(tools: SimpleNamespace) -> None:
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+    row, mib = tools.report.Row, 2**20
+    rows = [
+        row("x", "jaxrl_llm", [1.4, 1.2, 9.0], 1, {"products": [1.0, 8.0, 0.5]}),
+        row("x", "naive", [2.0] * 3, 1),
+        row("y", "jaxrl_llm", [1.6], 1, {"products": [1.0]}),
+    ]
+    sizes = {("x", "jaxrl_llm"): 2 * mib, ("x", "naive"): 32 * mib, ("y", "jaxrl_llm"): 3 * mib}
+    lines = cells(tools.loss.work_table(rows, sizes))[2:]
+    assert lines == [
+        ["x", "1.400", "1.000", "1.40×", "≤ 1.5×: reached", "2.0", "32.0", "16.0×", "16×: reached"],
+        ["y", "1.600", "1.000", "1.60×", "≤ 1.5×: missed", "3.0", "", "", ""],
+    ]
+    table = tools.loss.tpu_table({"jaxrl_llm": 2**30 // 10, "google-tunix": 5 * 2**29, "naive": None})
+    lines = cells(table)
+    assert lines[2:4] == [["jaxrl_llm", "0.10", "≤ 0.10: reached"], ["google-tunix", "2.50", ""]]
+    assert "naive was not compiled for the TPU" in table and "pip install -e '.[tpu]'" in table
+    nothing = tools.loss.tpu_table({"jaxrl_llm": None})
+    assert nothing.startswith("jaxrl_llm was not compiled") and "|" not in nothing
+
+
+SMALL = {"sequences": 3, "tokens": 16, "features": 8, "vocab": 512}
+
+
+def by_hand(problem: Any) -> tuple[float, float, list[float]]:
+    """Policy loss, cross-entropy, norms of the gradients of hidden and head: the formulas in float64."""
+    hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1]).astype(float)
+    head, rows, targets = problem.head.astype(float), np.arange(len(hidden)), problem.targets.reshape(-1)
+    z = hidden @ head.T
+    logp = z - np.log(np.exp(z).sum(1, keepdims=True))
+    advantages = np.repeat(problem.advantages, problem.targets.shape[1])
+    weights = problem.mask.reshape(-1) / problem.mask.sum()
+    chosen = logp[rows, targets]
+    ratio = np.exp(chosen - problem.old_logp.reshape(-1))
+    free, bound = ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages
+    by_logp = np.where(free <= bound, -free, 0) * weights
+    by_logits = -np.exp(logp) * by_logp[:, None]
+    by_logits[rows, targets] += by_logp
+    norms = [float(np.linalg.norm(gradient)) for gradient in (by_logits @ head, by_logits.T @ hidden)]
+    return float(-np.sum(np.minimum(free, bound) * weights)), float(-chosen.mean()), norms
+
+
+def test_the_problem_of_the_loss(loss_worker: ModuleType) -> None:
+    problem = loss_worker.make_problem(**SMALL)
+    for array, again in zip(problem, loss_worker.make_problem(**SMALL)):
+        assert np.array_equal(array, again)
+    assert problem.targets.min() >= 0 and problem.targets.max() < 512
+    z = problem.hidden @ problem.head.T
+    logp = np.take_along_axis(z - np.log(np.exp(z).sum(-1, keepdims=True)), problem.targets[..., None], -1)
+    ratio = np.exp(logp[..., 0] - problem.old_logp)[problem.mask > 0]
+    clipped = np.mean(abs(ratio - 1) > 0.2)
+    assert 0.1 < clipped < 0.7 and abs(np.log(ratio)).max() < 2
+    lengths = problem.mask.sum(1)
+    assert ((lengths >= 8) & (lengths <= 16)).all() and len(set(lengths)) > 1
+
+
+@pytest.mark.parametrize("script", ["ours_loss.py", "naive_loss.py"])
+def test_contenders_compute_the_loss_of_the_formulas(
+    tools: SimpleNamespace, loss_worker: ModuleType, tmp_path: pathlib.Path, script: str
+) -> None:
+    path, log = BENCHMARKS / "contenders" / script, tmp_path / "log"
+    contender = tools.harness.Contender("jaxrl_llm", sys.executable, path, {"threads": 2}, log)
+    try:
+        reply, timed = contender.ask({"prepare": SMALL}), contender.ask({"time": True})
+    finally:
+        contender.close()
+    policy, cross_entropy, norms = by_hand(loss_worker.make_problem(**SMALL))
+    np.testing.assert_allclose(reply["losses"]["policy"], policy, rtol=1e-4)
+    np.testing.assert_allclose(reply["losses"]["cross-entropy"], cross_entropy, rtol=1e-5)
+    np.testing.assert_allclose(reply["gradients"], norms, rtol=1e-4)
+    assert reply["temporaries"] > 0
+    assert timed["tokens"] == 3 * 16 and timed["seconds"] > 0
+    assert ("parts" in timed) == (script == "ours_loss.py")

@@ -41,6 +41,7 @@ class Benchmark:
       task: what every contender is told, see `contenders/worker.py`.
       requests: an endless supply of rounds, each case -> request.
       goals: (case, peer) -> how many times faster ours is meant to be.
+      own: the contenders that are not peers, run by this interpreter.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Benchmark:
     task: Mapping[str, Any]
     requests: Iterator[Mapping[str, Mapping[str, Any]]]
     goals: Mapping[tuple[str, str], float]
+    own: Sequence[str] = (OURS,)
 
 
 def parse_args(argv: Sequence[str], benchmark: Benchmark) -> argparse.Namespace:
-    """Which contenders, how often, where to; one flag per peer for its interpreter."""
+    """Which contenders, how often, where to; one flag per interpreter."""
     parser = argparse.ArgumentParser(
         description=benchmark.description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -68,8 +70,9 @@ def parse_args(argv: Sequence[str], benchmark: Benchmark) -> argparse.Namespace:
         default=output,
         help=f"every timing as JSON, the logs beside it (default: {output.relative_to(PROJECT)})",
     )
-    for peer in benchmark.peers:
-        parser.add_argument(f"--{peer.flag}", metavar="PATH", help=f"python that has {peer.wanted()}")
+    for flag in dict.fromkeys(peer.flag for peer in benchmark.peers):
+        wanted = ", ".join(peer.wanted() for peer in benchmark.peers if peer.flag == flag)
+        parser.add_argument(f"--{flag}", metavar="PATH", help=f"python that has {wanted}")
     args = parser.parse_args(argv)
     if args.repetitions < 5:
         parser.error(f"--repetitions={args.repetitions}: a median needs at least 5")
@@ -83,14 +86,14 @@ class Contender:
 
     Attributes:
       name: as in the table.
-      about: what it sent first, {"versions": …, "logits": …}.
+      about: what it sent first, {"versions": …} and possibly {"logits": …}.
     """
 
     def __init__(
         self, name: str, python: str, script: pathlib.Path, task: Mapping[str, Any], log: pathlib.Path
     ) -> None:
         self.name, self._log, self._log_file = name, log, log.open("w")
-        paths = [str(PROJECT), str(PROJECT / "kernels")] if name == OURS else []
+        paths = [str(PROJECT), str(PROJECT / "kernels")] if python == sys.executable else []
         self._process = subprocess.Popen(
             [python, str(script), json.dumps(dict(task))],
             stdin=subprocess.PIPE,
@@ -191,13 +194,13 @@ def measure(
     return rows
 
 
-def run(argv: Sequence[str], benchmark: Benchmark) -> list[Row]:
-    """A benchmark from the command line to its table and JSON. Peers that are not installed are skipped."""
-    args = parse_args(argv, benchmark)
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        print(f"note: the machine is busy (load {load:.1f}); take no ratio from this run for granted")
-    pythons = {OURS: sys.executable} if OURS in args.only else {}
+def find_pythons(args: argparse.Namespace, benchmark: Benchmark) -> dict[str, str]:
+    """Contender -> interpreter, for those asked for. Peers that are not installed are skipped, and said so.
+
+    Raises:
+      SystemExit: none is left.
+    """
+    pythons = {name: sys.executable for name in benchmark.own if name in args.only}
     for peer in benchmark.peers:
         if peer.name in args.only:
             try:
@@ -206,29 +209,59 @@ def run(argv: Sequence[str], benchmark: Benchmark) -> list[Row]:
                 print(missing)
     if not pythons:
         raise SystemExit("nothing to measure: no contender that was asked for is installed")
+    return pythons
+
+
+def start(
+    stack: contextlib.ExitStack,
+    pythons: Mapping[str, str],
+    benchmark: Benchmark,
+    task: Mapping[str, Any],
+    output: pathlib.Path,
+) -> list[Contender]:
+    """The contenders' processes, which end with the stack; their logs lie beside `output`."""
+    contenders = []
+    for name, python in pythons.items():
+        script = HERE / "contenders" / benchmark.scripts[name]
+        contender = Contender(name, python, script, task, output.with_suffix(f".{name}.log"))
+        stack.callback(contender.close)
+        contenders.append(contender)
+        print(f"{name}: {contender.about['versions']}", flush=True)
+    return contenders
+
+
+def load_average() -> float:
+    """Of the last minute; a note is printed where it is too high to trust the ratios."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"note: the machine is busy (load {load:.1f}); take no ratio from this run for granted")
+    return load
+
+
+def print_differences(benchmark: Benchmark, versions: Mapping[str, Mapping[str, str]]) -> None:
+    """A note for each version that the goals are not about."""
+    for peer in benchmark.peers:
+        for note in peer.differences(versions.get(peer.name, peer.requirements)):
+            print(note)
+
+
+def run(argv: Sequence[str], benchmark: Benchmark) -> list[Row]:
+    """A benchmark on the toy model, from the command line to its table and JSON."""
+    args = parse_args(argv, benchmark)
+    load = load_average()
+    pythons = find_pythons(args, benchmark)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         toy.write_model(folder)
         prompts = toy.random_prompts(0, 1, benchmark.task["prompt_length"])
         task = {**benchmark.task, "model": str(folder), "config": toy.QWEN3, "prompts": prompts}
-        contenders = []
-        for name, python in pythons.items():
-            script, log = (
-                HERE / "contenders" / benchmark.scripts[name],
-                args.output.with_suffix(f".{name}.log"),
-            )
-            contender = Contender(name, python, script, task, log)
-            stack.callback(contender.close)
-            contenders.append(contender)
-            print(f"{name}: {contender.about['versions']}", flush=True)
+        contenders = start(stack, pythons, benchmark, task, args.output)
         check_same_model(contenders)
         rows = measure(contenders, benchmark.requests, args.warmup, args.repetitions)
     versions = {contender.name: contender.about["versions"] for contender in contenders}
     print("\n" + report.table(rows, benchmark.goals))
-    for peer in benchmark.peers:
-        for note in peer.differences(versions.get(peer.name, peer.requirements)):
-            print(note)
+    print_differences(benchmark, versions)
     args.output.write_text(json.dumps(report.record(rows, versions, benchmark.task, load), indent=2))
     print(f"every timing: {args.output}")
     return rows

@@ -57,6 +57,29 @@ TORCH = Peer(
     requirements={"transformers": "5.23.0", "torch": "2.13.0"},
     pip_options="--extra-index-url https://download.pytorch.org/whl/cpu ",
 )
+TRL = Peer(
+    name="TRL",
+    flag=TORCH.flag,
+    variable=TORCH.variable,
+    folder=TORCH.folder,
+    requirements={"trl": "1.16.0", **TORCH.requirements},
+    pip_options=TORCH.pip_options,
+)
+LIGER = Peer(
+    name="Liger",
+    flag=TORCH.flag,
+    variable=TORCH.variable,
+    folder=TORCH.folder,
+    requirements={"liger-kernel": "0.8.5", "torch": TORCH.requirements["torch"]},
+    pip_options=TORCH.pip_options,
+)
+TOKAMAX = Peer(
+    name="tokamax",
+    flag="tokamax_python",
+    variable="JAXRL_TOKAMAX_PYTHON",
+    folder=".venv-tokamax",
+    requirements={"tokamax": "0.0.12"},
+)
 
 
 class Missing(Exception):

@@ -46,7 +46,7 @@ def speedups(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float, f
 
 
 def table(rows: Sequence[Row], goals: Mapping[tuple[str, str], float]) -> str:
-    """An aligned Markdown table: medians, and the range of the rounds in brackets.
+    """An aligned Markdown table: medians, and the range of the rounds in brackets; no empty columns.
 
     Args:
       rows: what was measured, in the order of the table.
@@ -68,6 +68,12 @@ def table(rows: Sequence[Row], goals: Mapping[tuple[str, str], float]) -> str:
                 "" if ratio is None or goal is None else verdict(ratio[0], goal),
             )
         )
+    columns = [column for column in zip(*lines) if any(column[1:])]
+    return markdown(list(zip(*columns)))
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     rendered = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
     rendered.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -1,8 +1,7 @@
 """`linear_logprob`: one function for every platform, sharded or not."""
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxrl_kernels import dispatch
-from jaxrl_kernels.linear_logprob import pallas_tpu, tiles, xla
+from jaxrl_kernels.linear_logprob import pallas_gpu, pallas_tpu, tiles, xla
 from jaxrl_kernels.linear_logprob.reference import LogprobStats
 from jaxrl_kernels.linear_logprob.tiles import Operands, Sums
 from jaxrl_kernels.manual import vary
+from jaxrl_kernels.operands import Partition, check_shapes, inverse_temperature
 
 Array = jax.Array
 
@@ -61,7 +61,7 @@ def linear_logprob(
       vocab_axis: mesh axis over which V is cut, or None.
       embed_axis: mesh axis, one of `row_axes`, over which the head's D is cut, or None. The head is gathered
         over it here, and its gradient reduced and scattered.
-      implementation: "xla", "pallas_tpu", or None for that of the platform compiled for.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" (CUDA), or None for that of the platform compiled for.
 
     Returns:
       `LogprobStats` of float32[N], in nats; logp ≤ 0.
@@ -70,25 +70,23 @@ def linear_logprob(
       ValueError: shapes that do not fit together or are not divided by the mesh, an unknown axis or
         implementation.
     """
-    _check(hidden, head, targets, bias, active)
+    check_shapes(hidden, head, bias, active)
+    if targets.shape != hidden.shape[:1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets {targets.dtype}{targets.shape} must be integers [N], N={hidden.shape[0]}")
+    Partition(mesh, tuple(row_axes), vocab_axis, embed_axis).check(hidden, head)
     vocab = head.shape[0]
     wanted = (targets >= 0) & (targets < vocab)
     if active is not None:
         wanted = wanted & active
         hidden = jnp.where(active[:, None], hidden, 0)
-    scale = None
-    if not (isinstance(temperature, (int, float)) and temperature == 1):
-        temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-        scale = jnp.broadcast_to(1 / temperature, targets.shape)
+    scale = inverse_temperature(temperature, hidden.shape[0])
     x = Operands(hidden, head.astype(hidden.dtype), targets.astype(jnp.int32), wanted, scale, bias)
     if mesh is None:
-        if row_axes or vocab_axis or embed_axis:
-            raise ValueError("row_axes, vocab_axis and embed_axis are axes of a mesh: pass mesh=")
         return _stats(_How(softcap, None, implementation), x)
     return _sharded(x, mesh, tuple(row_axes), vocab_axis, embed_axis, softcap, implementation)
 
 
-BODIES: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu}
+BODIES: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 class _How(NamedTuple):
@@ -97,6 +95,30 @@ class _How(NamedTuple):
     softcap: float | None
     vocab_axis: str | None
     implementation: str | None
+    vocab_dim: int = 0
+    """Dimension of the head that is the vocabulary; 1 where it was gathered."""
+
+    def body(self, name: str, direction: str, **more: Any) -> Callable[..., Any]:
+        """A body's forward or backward function of the operands (and the coefficients)."""
+        fn = functools.partial(getattr(BODIES[name], direction), softcap=self.softcap, **more)
+        if name == "pallas_tpu":
+            return functools.partial(fn, vocab_dim=self.vocab_dim)
+        if self.vocab_dim == 0:
+            return fn
+
+        def turned(x: Operands, *rows: Any) -> Any:
+            out = fn(x._replace(head=x.head.T), *rows)
+            if direction == "forward":
+                return out
+            dhidden, dhead, dbias = out
+            return dhidden, None if dhead is None else dhead.T, dbias
+
+        return turned
+
+    def run(self, direction: str, x: Operands, *rows: Any, **more: Any) -> Any:
+        """That function for the platform, on this shard of the vocabulary."""
+        bodies = {name: self.body(name, direction, **more) for name in BODIES}
+        return dispatch.run(self.implementation, _shard(x, self), *rows, **bodies)
 
 
 def _sharded(
@@ -109,7 +131,6 @@ def _sharded(
     implementation: str | None,
 ) -> LogprobStats:
     """`_stats` of every device's part. Gradients add up where a copy is typed as varying or gathered."""
-    _check_mesh(x, mesh, row_axes, vocab_axis, embed_axis)
     rows = PartitionSpec(row_axes or None)
     specs: dict[str, Any] = {
         "hidden": PartitionSpec(row_axes or None, None),
@@ -124,9 +145,12 @@ def _sharded(
         axes = row_axes if vocab_axis is None else (*row_axes, vocab_axis)
         tensors = jax.tree.map(lambda a: vary(a, axes), (x.hidden, x.head, x.bias))
         x = x._replace(hidden=tensors[0], head=tensors[1], bias=tensors[2])
-        if embed_axis is not None:
-            x = x._replace(head=jax.lax.all_gather(x.head, embed_axis, axis=1, tiled=True))
-        return _stats(_How(softcap, vocab_axis, implementation), x)
+        if embed_axis is None:
+            return _stats(_How(softcap, vocab_axis, implementation), x)
+        # as [D, V], so that the pieces lie one behind the other: else TPUs copy what they gather, and sum
+        # the gradient on every device instead of scattering it
+        x = x._replace(head=jax.lax.all_gather(x.head.T, embed_axis, axis=0, tiled=True))
+        return _stats(_How(softcap, vocab_axis, implementation, vocab_dim=1), x)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(Operands(**specs),), out_specs=rows, check_vma=True)(x)
 
@@ -134,8 +158,7 @@ def _sharded(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stats(how: _How, x: Operands) -> LogprobStats:
     """Results of the rows; the vocabulary may be cut over a mesh axis."""
-    bodies = {name: functools.partial(body.forward, softcap=how.softcap) for name, body in BODIES.items()}
-    sums = dispatch.run(how.implementation, _shard(x, how.vocab_axis), **bodies)
+    sums = how.run("forward", x)
     if how.vocab_axis is not None:
         sums = _merge(sums, how.vocab_axis)
     return LogprobStats(*(jnp.where(x.active, value, 0) for value in tiles.finish(sums)))
@@ -159,11 +182,7 @@ def _stats_backward(how: _How, kept: Any, cotangents: LogprobStats) -> tuple[Any
     x = x._replace(active=x.active & functools.reduce(jnp.logical_or, (g != 0 for g in cotangents)))
     axes = () if how.vocab_axis is None else (how.vocab_axis,)
     rows = jax.tree.map(lambda a: vary(a, axes), rows)
-    bodies = {
-        name: functools.partial(body.backward, softcap=how.softcap, head_gradient=head_gradient is not None)
-        for name, body in BODIES.items()
-    }
-    dhidden, dhead, dbias = dispatch.run(how.implementation, _shard(x, how.vocab_axis), rows, **bodies)
+    dhidden, dhead, dbias = how.run("backward", x, rows, head_gradient=head_gradient is not None)
     gradients: dict[str, Any] = {name: None for name in Operands._fields}
     return (Operands(**gradients | {"hidden": dhidden, "head": dhead, "bias": dbias}),)
 
@@ -171,12 +190,13 @@ def _stats_backward(how: _How, kept: Any, cotangents: LogprobStats) -> tuple[Any
 _stats.defvjp(_stats_forward, _stats_backward, symbolic_zeros=True)
 
 
-def _shard(x: Operands, vocab_axis: str | None) -> Operands:
+def _shard(x: Operands, how: _How) -> Operands:
     """This shard of the vocabulary's view: targets counted from its first column, all typed as varying."""
-    if vocab_axis is None:
+    axis = how.vocab_axis
+    if axis is None:
         return x
-    x = x._replace(targets=x.targets - jax.lax.axis_index(vocab_axis) * x.head.shape[0])
-    return jax.tree.map(lambda a: vary(a, (vocab_axis,)), x)
+    x = x._replace(targets=x.targets - jax.lax.axis_index(axis) * x.head.shape[how.vocab_dim])
+    return jax.tree.map(lambda a: vary(a, (axis,)), x)
 
 
 def _merge(sums: Sums, axis: str) -> Sums:
@@ -185,41 +205,3 @@ def _merge(sums: Sums, axis: str) -> Sums:
     moved = tiles.rebase(sums, peak)
     total, moment, target = jax.lax.psum(jnp.stack([moved.total, moved.moment, moved.target]), axis)
     return Sums(peak, total, moment, target)
-
-
-def _check(hidden: Array, head: Array, targets: Array, bias: Array | None, active: Array | None) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"hidden {hidden.shape} and head {head.shape} must be [N, D] and [V, D]")
-    if 0 in hidden.shape or 0 in head.shape:
-        raise ValueError(f"hidden {hidden.shape} and head {head.shape} must not be empty")
-    if targets.shape != hidden.shape[:1] or not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets {targets.dtype}{targets.shape} must be integers [N], N={hidden.shape[0]}")
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ValueError(f"bias {bias.shape} must be [V], V={head.shape[0]}")
-    if active is not None and (active.shape != targets.shape or active.dtype != bool):
-        raise ValueError(f"active {active.dtype}{active.shape} must be bool [N], N={hidden.shape[0]}")
-
-
-def _check_mesh(
-    x: Operands,
-    mesh: Mesh | AbstractMesh,
-    row_axes: tuple[str, ...],
-    vocab_axis: str | None,
-    embed_axis: str | None,
-) -> None:
-    axes = [*row_axes, *([] if vocab_axis is None else [vocab_axis])]
-    unknown = [axis for axis in axes if axis not in mesh.shape]
-    if unknown or len(set(axes)) < len(axes):
-        raise ValueError(
-            f"row_axes {row_axes} and vocab_axis {vocab_axis!r} must be distinct of {mesh.axis_names}"
-        )
-    if embed_axis is not None and embed_axis not in row_axes:
-        raise ValueError(f"embed_axis {embed_axis!r} must be one of row_axes {row_axes}")
-    for name, size, cut in (
-        ("N", x.hidden.shape[0], row_axes),
-        ("V", x.head.shape[0], () if vocab_axis is None else (vocab_axis,)),
-        ("D", x.head.shape[1], () if embed_axis is None else (embed_axis,)),
-    ):
-        pieces = math.prod(mesh.shape[axis] for axis in cut)
-        if size % pieces:
-            raise ValueError(f"{name}={size} is not divisible by {pieces}, the devices along {cut}")

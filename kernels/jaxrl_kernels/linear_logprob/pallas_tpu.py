@@ -37,15 +37,18 @@ LEAST_BLOCKS = 3
 fetches the next block while it writes the last: with fewer blocks it would read what is not there yet."""
 
 
-def forward(operands: Operands, *, softcap: float | None, using: Plan | None = None) -> Sums:
+def forward(
+    operands: Operands, *, softcap: float | None, vocab_dim: int = 0, using: Plan | None = None
+) -> Sums:
     """Sums over the vocabulary for each row, f32[N] each; anything in rows that are not active.
 
     Args:
       operands: the arrays.
       softcap: c of c·tanh(z/c), or None.
+      vocab_dim: 1 if the head is [D, V] instead of [V, D].
       using: tiles; None for those of the chip.
     """
-    num_rows, vocab = operands.hidden.shape[0], operands.head.shape[0]
+    num_rows, vocab = operands.hidden.shape[0], operands.head.shape[vocab_dim]
     using = using or plan(operands.hidden.shape[1])
     tile = _fit(using.forward, num_rows, vocab, using.cores)
     x = _pad(operands, tile.rows, using.cores)
@@ -59,12 +62,13 @@ def forward(operands: Operands, *, softcap: float | None, using: Plan | None = N
             has_bias=x.bias is not None,
             softcap=softcap,
             vocab=vocab,
+            vocab_dim=vocab_dim,
         ),
         out_shape=out_shape((n, len(Sums._fields)), jnp.float32, jax.tree.leaves(x)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(using.cores, count, pl.cdiv(vocab, tile.columns)),
-            in_specs=_in_specs(x, tile, len(columns), _rows_outside),
+            in_specs=_in_specs(x, tile, len(columns), vocab_dim, _rows_outside),
             out_specs=pl.BlockSpec(
                 (tile.rows, len(Sums._fields)), lambda *step: (_rows_outside(*step)[0], 0)
             ),
@@ -83,16 +87,17 @@ def backward(
     *,
     softcap: float | None,
     head_gradient: bool,
+    vocab_dim: int = 0,
     using: Plan | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """Gradients of hidden, head and bias in their dtypes; the last two None where not asked for.
 
     Args:
-      operands, softcap, using: as `forward`.
+      operands, softcap, vocab_dim, using: as `forward`.
       rows: as `tiles.coefficients`; 0 in rows that are not active.
       head_gradient: whether head and bias have a gradient.
     """
-    num_rows, vocab = operands.hidden.shape[0], operands.head.shape[0]
+    num_rows, vocab = operands.hidden.shape[0], operands.head.shape[vocab_dim]
     using = using or plan(operands.hidden.shape[1])
     tile = _fit(using.backward, num_rows, vocab, LEAST_BLOCKS if head_gradient else using.cores)
     x = _pad(operands, tile.rows, *((1, LEAST_BLOCKS) if head_gradient else (using.cores, 1)))
@@ -103,19 +108,23 @@ def backward(
     }
     pieces = pl.cdiv(vocab, tile.columns)
     like = jax.tree.leaves((x, rows))
-    kernel: dict[str, Any] = dict(
-        names=tuple(columns), has_bias=x.bias is not None, softcap=softcap, vocab=vocab
-    )
+    kernel: dict[str, Any] = {
+        "names": tuple(columns),
+        "has_bias": x.bias is not None,
+        "softcap": softcap,
+        "vocab": vocab,
+        "vocab_dim": vocab_dim,
+    }
     cost = _cost(3 if head_gradient else 2, x, n * vocab)
     if not head_gradient:
         order, count = _visits(x, tile, using.cores)
         dhidden = pl.pallas_call(
             functools.partial(_hidden_kernel, **kernel),
-            out_shape=out_shape((n, d), x.hidden.dtype, like),
+            out_shape=out_shape((n, d), operands.hidden.dtype, like),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(using.cores, count, pieces),
-                in_specs=_in_specs(x, tile, len(columns), _rows_outside),
+                in_specs=_in_specs(x, tile, len(columns), vocab_dim, _rows_outside),
                 out_specs=pl.BlockSpec((tile.rows, d), lambda *step: (_rows_outside(*step)[0], 0)),
                 scratch_shapes=[pltpu.VMEM((tile.rows, d), jnp.float32)],
             ),
@@ -131,14 +140,16 @@ def backward(
     def place_within(core: Any, j: Any, i: Any, order: Ref) -> tuple[Any, Any]:
         return order[i, 0], jnp.minimum(core * share + j, pieces - 1)
 
-    in_specs = _in_specs(x, tile, len(columns), place_within)
+    in_specs = _in_specs(x, tile, len(columns), vocab_dim, place_within)
     gathered = pl.BlockSpec((1, tile.rows, d), lambda c, j, i, order: (c, order[i, 0], 0))
-    out_specs = [gathered, pl.BlockSpec((tile.columns, d), lambda *step: (place_within(*step)[1], 0))]
+    head_spec = _head_spec(tile, d, vocab_dim, place_within)
+    out_specs = [gathered, head_spec]
     shapes = [
         out_shape((using.cores, n, d), jnp.float32, like),
-        out_shape(x.head.shape, x.head.dtype, like),
+        out_shape(x.head.shape, operands.head.dtype, like),
     ]
-    scratch = [pltpu.VMEM((tile.columns, d), jnp.float32)]
+    turned = (tile.columns, d)[:: 1 - 2 * vocab_dim]
+    scratch = [pltpu.VMEM(turned, jnp.float32)]
     if x.bias is not None:
         out_specs.append(pl.BlockSpec((1, tile.columns), lambda *step: (0, place_within(*step)[1])))
         shapes.append(out_shape((1, vocab), jnp.float32, like))
@@ -159,7 +170,7 @@ def backward(
         cost_estimate=cost,
         name="linear_logprob_backward",
     )(order, *_tensors(x, columns), start)
-    dhidden = jnp.sum(dhidden, axis=0)[:num_rows].astype(x.hidden.dtype)
+    dhidden = jnp.sum(dhidden, axis=0)[:num_rows].astype(operands.hidden.dtype)
     return dhidden, dhead, None if x.bias is None else dbias[0][0].astype(x.bias.dtype)
 
 
@@ -176,7 +187,7 @@ def _forward_kernel(
     bias, (out, *scratch) = _split_bias(refs, has_bias)
     peak, total, moment, target = scratch
     j = pl.program_id(2)
-    width, vocab = head.shape[0], how["vocab"]
+    width, vocab = head.shape[how["vocab_dim"]], how["vocab"]
 
     @pl.when(j == 0)
     def _() -> None:
@@ -227,9 +238,9 @@ def _hidden_kernel(
     def _() -> None:
         gathered[...] = jnp.zeros(gathered.shape, jnp.float32)
 
-    _clear_beyond(head, j, how["vocab"])
+    _clear_beyond(head, j, how["vocab"], how["vocab_dim"])
     dz = _dlogits(hidden[...], head[...], bias, _unpack(packed, names), j, **how)
-    gathered[...] += _dot(dz.astype(head.dtype), head[...], 1, 0)
+    gathered[...] += _dot(dz.astype(head.dtype), head[...], 1, how["vocab_dim"])
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
@@ -251,11 +262,12 @@ def _backward_kernel(
     bias, (before, after, dhead, *rest) = _split_bias(refs, has_bias)
     dbias, head_sum, bias_sum = rest if has_bias else (None, *rest, None)
     i, j = pl.program_id(2), pl.program_id(0) * share + pl.program_id(1)
+    vocab_dim = how["vocab_dim"]
     is_real = j < pieces  # the last core may have a tile less
 
     @pl.when(is_real & (i == 0))
     def _() -> None:
-        _clear_beyond(head, j, how["vocab"])
+        _clear_beyond(head, j, how["vocab"], vocab_dim)
         head_sum[...] = jnp.zeros(head_sum.shape, jnp.float32)
         if has_bias:
             bias_sum[...] = jnp.zeros(bias_sum.shape, jnp.float32)
@@ -266,8 +278,9 @@ def _backward_kernel(
         if has_bias:
             bias_sum[...] += jnp.sum(dz, axis=0, keepdims=True)
         dz = dz.astype(hidden.dtype)
-        after[0] = before[0] + _dot(dz, head[...], 1, 0)
-        head_sum[...] += _dot(dz, hidden[...], 0, 0)
+        after[0] = before[0] + _dot(dz, head[...], 1, vocab_dim)
+        one, other = (dz, hidden[...]) if vocab_dim == 0 else (hidden[...], dz)
+        head_sum[...] += _dot(one, other, 0, 0)
 
     @pl.when(~is_real)
     def _() -> None:
@@ -289,9 +302,10 @@ def _logits(
     *,
     softcap: float | None,
     vocab: int,
+    vocab_dim: int,
 ) -> tuple[Array, Array, Array]:
     """Logits of a tile, the number of their column in it, and where a column is the row's target."""
-    z = tiles.logits(_dot(hidden, head, 1, 1), bias, softcap, rows.get("scale"))
+    z = tiles.logits(_dot(hidden, head, 1, 1 - vocab_dim), bias, softcap, rows.get("scale"))
     column = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     return z, column, column == rows["target"].astype(jnp.int32) - j * z.shape[1]
 
@@ -305,9 +319,12 @@ def _dlogits(
     *,
     softcap: float | None,
     vocab: int,
+    vocab_dim: int,
 ) -> Array:
     """Gradient of a tile's products; 0 in columns beyond the vocabulary."""
-    z, column, at_target = _logits(hidden, head, bias, rows, j, softcap=softcap, vocab=vocab)
+    z, column, at_target = _logits(
+        hidden, head, bias, rows, j, softcap=softcap, vocab=vocab, vocab_dim=vocab_dim
+    )
     coefficients = Coefficients(rows["lse"], rows["onehot"], rows["constant"], rows.get("slope"))
     dz = tiles.dlogits(z, at_target, coefficients, softcap, rows.get("scale"))
     if vocab % z.shape[1]:
@@ -315,14 +332,16 @@ def _dlogits(
     return dz
 
 
-def _clear_beyond(head: Ref, j: Array, vocab: int) -> None:
-    """Zeros in the rows of the last tile that lie beyond the vocabulary, where memory may hold NaN."""
-    columns = head.shape[0]
-    if vocab % columns:
+def _clear_beyond(head: Ref, j: Array, vocab: int, vocab_dim: int) -> None:
+    """Zeros in the columns of the last tile that lie beyond the vocabulary, where memory may hold NaN."""
+    width = head.shape[vocab_dim]
+    rest = vocab % width
+    if rest:
 
-        @pl.when(j == vocab // columns)
+        @pl.when(j == vocab // width)
         def _() -> None:
-            head[vocab % columns :, :] = jnp.zeros((columns - vocab % columns, head.shape[1]), head.dtype)
+            beyond = (slice(rest, width), slice(None))[:: 1 - 2 * vocab_dim]
+            head[beyond] = jnp.zeros_like(head[beyond])
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -356,13 +375,22 @@ def _rows_outside(core: Any, i: Any, j: Any, order: Ref) -> tuple[Any, Any]:
     return order[i, core], j
 
 
-def _in_specs(x: Operands, tile: Tile, num_columns: int, place: Any) -> list[pl.BlockSpec]:
+def _head_spec(tile: Tile, width: int, vocab_dim: int, place: Any) -> pl.BlockSpec:
+    if vocab_dim == 0:
+        return pl.BlockSpec((tile.columns, width), lambda *step: (place(*step)[1], 0))
+    return pl.BlockSpec((width, tile.columns), lambda *step: (0, place(*step)[1]))
+
+
+def _in_specs(x: Operands, tile: Tile, num_columns: int, vocab_dim: int, place: Any) -> list[pl.BlockSpec]:
     """Blocks of `_tensors`; `place` gives the row block and the vocabulary tile of a step."""
+
+    def by_row(*step: Any) -> tuple[Any, int]:
+        return place(*step)[0], 0
+
     d = x.hidden.shape[1]
-    by_row, by_column = lambda *step: (place(*step)[0], 0), lambda *step: (place(*step)[1], 0)
     specs = [
         pl.BlockSpec((tile.rows, d), by_row),
-        pl.BlockSpec((tile.columns, d), by_column),
+        _head_spec(tile, d, vocab_dim, place),
         pl.BlockSpec((tile.rows, num_columns), by_row),
     ]
     if x.bias is not None:

@@ -137,6 +137,11 @@ def dlogits(
     log_probs = z - rows.lse
     factor = rows.constant if rows.slope is None else rows.constant + rows.slope * log_probs
     gradient = jnp.where(at_target, rows.onehot, 0) - jnp.exp(log_probs) * factor
+    return through_cap(gradient, z, softcap, scale)
+
+
+def through_cap(gradient: Array, z: Array, softcap: float | None, scale: Array | None) -> Array:
+    """A gradient back through the cap of z = cap(product)·scale; the scale is the caller's."""
     if softcap is None:
         return gradient
     capped = z * (1 / softcap) if scale is None else z / (softcap * scale)

@@ -4,15 +4,14 @@ A tile is [vocabulary, rows]: what belongs to a row then lies along the last dim
 vector instructions find it, and sums over the vocabulary cross no lanes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.chunks import dot, over, put, zeros
 from jaxrl_kernels.linear_logprob import tiles
 from jaxrl_kernels.linear_logprob.tiles import LOWEST, Coefficients, Operands, Sums
-from jaxrl_kernels.manual import vary, varying_axes
 
 Array = jax.Array
 
@@ -38,14 +37,14 @@ def forward(operands: Operands, *, softcap: float | None) -> Sums:
                 sums.target + jnp.sum(jnp.where(at_target, z, 0), axis=0),
             )
 
-        zero = _zeros((size,), operands)
+        zero = zeros((size,), operands)
         empty = Sums(zero + LOWEST, zero, zero, zero)
         nothing = Sums(zero, zero, zero, zero)
-        sums = jax.lax.cond(jnp.any(x.active), lambda: _over(vocab, COLUMNS, columns, empty), lambda: nothing)
-        return jax.tree.map(lambda all_rows, some: _put(all_rows, some, start), out, sums)
+        sums = jax.lax.cond(jnp.any(x.active), lambda: over(vocab, COLUMNS, columns, empty), lambda: nothing)
+        return jax.tree.map(lambda all_rows, some: put(all_rows, some, start), out, sums)
 
-    zero = _zeros(operands.targets.shape, operands)
-    return _over(operands.targets.shape[0], ROWS, rows, Sums(zero, zero, zero, zero))
+    zero = zeros(operands.targets.shape, operands)
+    return over(operands.targets.shape[0], ROWS, rows, Sums(zero, zero, zero, zero))
 
 
 def backward(
@@ -73,9 +72,9 @@ def backward(
                 z, at_target = _logits(x, first, width, softcap)
                 dz = tiles.dlogits(z, at_target, coefs, softcap, x.scale)
                 before = jax.lax.dynamic_slice_in_dim(dhidden, start, size)
-                dhidden = _put(dhidden, before + _dot(dz.astype(dtype), weights, 0, 0), start)
+                dhidden = put(dhidden, before + dot(dz.astype(dtype), weights, 0, 0), start)
                 if head_gradient:
-                    dweights = dweights + _dot(dz.astype(dtype), x.hidden, 1, 0)
+                    dweights = dweights + dot(dz.astype(dtype), x.hidden, 1, 0)
                 if dbias is not None:
                     dbias = dbias + jnp.sum(dz, axis=1)
                 return dhidden, dweights, dbias
@@ -83,27 +82,27 @@ def backward(
             return jax.lax.cond(jnp.any(x.active), add, lambda carry: carry, carry)
 
         dhidden, dhead, dbias = carry
-        dweights = _zeros(weights.shape, operands) if head_gradient else None
-        dpiece = None if dbias is None else _zeros((width,), operands)
-        dhidden, dweights, dpiece = _over(hidden.shape[0], ROWS, rows, (dhidden, dweights, dpiece))
+        dweights = zeros(weights.shape, operands) if head_gradient else None
+        dpiece = None if dbias is None else zeros((width,), operands)
+        dhidden, dweights, dpiece = over(hidden.shape[0], ROWS, rows, (dhidden, dweights, dpiece))
         if dweights is not None:
-            dhead = _put(dhead, dweights.astype(dtype), first)
+            dhead = put(dhead, dweights.astype(dtype), first)
         if dpiece is not None:
-            dbias = _put(dbias, dpiece, first)
+            dbias = put(dbias, dpiece, first)
         return dhidden, dhead, dbias
 
     carry = (
-        _zeros(hidden.shape, operands),
-        _zeros(head.shape, operands, dtype) if head_gradient else None,
-        _zeros(head.shape[:1], operands) if head_gradient and bias is not None else None,
+        zeros(hidden.shape, operands),
+        zeros(head.shape, operands, dtype) if head_gradient else None,
+        zeros(head.shape[:1], operands) if head_gradient and bias is not None else None,
     )
-    dhidden, dhead, dbias = _over(head.shape[0], COLUMNS, columns, carry)
+    dhidden, dhead, dbias = over(head.shape[0], COLUMNS, columns, carry)
     return dhidden.astype(dtype), dhead, None if bias is None or dbias is None else dbias.astype(bias.dtype)
 
 
 def _logits(x: Operands, first: Array | int, width: int, softcap: float | None) -> tuple[Array, Array]:
     """Logits [width, rows] of the columns from `first` on, and where one is its row's target."""
-    z = _dot(jax.lax.dynamic_slice_in_dim(x.head, first, width), x.hidden, 1, 1)
+    z = dot(jax.lax.dynamic_slice_in_dim(x.head, first, width), x.hidden, 1, 1)
     bias = None if x.bias is None else jax.lax.dynamic_slice_in_dim(x.bias, first, width)
     z = tiles.logits(z, None if bias is None else bias.astype(jnp.float32)[:, None], softcap, x.scale)
     column = first + jax.lax.broadcasted_iota(jnp.int32, z.shape, 0)
@@ -115,25 +114,3 @@ def _rows_of(x: Operands, start: Array | int, size: int) -> Operands:
     some = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), by_row)
     hidden, targets, active, scale = some
     return Operands(hidden, x.head, targets, active, scale, x.bias)
-
-
-def _over(total: int, step: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """`body(start, size, carry)` over pieces of `step`, and what remains as a smaller piece of its own."""
-    whole = total // step
-    if whole == 1:
-        carry = body(0, step, carry)
-    elif whole:
-        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(i * step, step, c), carry)
-    return body(whole * step, total % step, carry) if total % step else carry
-
-
-def _put(x: Array, piece: Array, start: Array | int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, piece, start, 0)
-
-
-def _zeros(shape: tuple[int, ...], like: Operands, dtype: Any = jnp.float32) -> Array:
-    return vary(jnp.zeros(shape, dtype), tuple(varying_axes(*jax.tree.leaves(like))))
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)

@@ -34,8 +34,9 @@ class Channel:
 
 
 def task() -> dict[str, Any]:
-    """What is to be measured: `model` (a Hugging Face folder), `config` (its config.json), `prompts` (the
-    logits f32[V] after the first are sent first, to compare the models) and the benchmark's own sizes."""
+    """What is to be measured: the benchmark's own sizes and, where there is a toy model, `model` (a Hugging
+    Face folder), `config` (its config.json) and `prompts` (the logits f32[V] after the first are sent first,
+    to compare the models)."""
     return json.loads(sys.argv[1])
 
 
