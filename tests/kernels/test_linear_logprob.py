@@ -15,6 +15,8 @@ from jax.sharding import AxisType
 from jaxrl_kernels.linear_logprob import LogprobStats, linear_logprob, pallas_tpu, reference, tiles, xla
 from jaxrl_kernels.linear_logprob.tiles import LOWEST, Sums
 
+tiled = functools.partial(linear_logprob, implementation="xla")
+
 
 def problem(rows, width, vocab, *, seed=0, dtype=jnp.float32, size=2.0):
     rng = np.random.default_rng(seed)
@@ -129,15 +131,15 @@ def test_gradient_of_logits_is_that_of_the_definition(softcap, scale):
 # the whole function, by the body for every platform
 
 
+@pytest.mark.parametrize("implementation", ["xla", None])
 @pytest.mark.parametrize("vocab", [97, 32_000, 151_936, 262_144])
-def test_equals_the_reference(vocab):
+def test_equals_the_reference(vocab, implementation):
     hidden, head, targets = problem(6, 16, vocab)
     targets = targets.at[1].set(targets[0]).at[2].set(vocab - 1)  # two alike, and the last column
     how = options(6, vocab)
     run = functools.partial(results_and_gradients, cotangents=cotangents_of(6), **how)
-    assert_close(
-        run(linear_logprob, hidden, head, targets), run(reference.linear_logprob, hidden, head, targets)
-    )
+    ours = functools.partial(linear_logprob, implementation=implementation)
+    assert_close(run(ours, hidden, head, targets), run(reference.linear_logprob, hidden, head, targets))
 
 
 @settings(max_examples=12, deadline=None)
@@ -154,7 +156,7 @@ def test_equals_the_reference_at_any_size(rows, width, vocab, with_options, seed
     how = options(rows, vocab) if with_options else {"temperature": 0.8}
     g = LogprobStats(*(jnp.where(active, x, 0) for x in cotangents_of(rows)))
     run = functools.partial(results_and_gradients, cotangents=g, **how)
-    ours, gradients = run(functools.partial(linear_logprob, active=active), hidden, head, targets)
+    ours, gradients = run(functools.partial(tiled, active=active), hidden, head, targets)
     theirs, expected = run(reference.linear_logprob, hidden, head, targets)
     assert_close(ours, jax.tree.map(lambda x: jnp.where(active, x, 0), theirs))
     assert_close(gradients, expected)
@@ -163,11 +165,11 @@ def test_equals_the_reference_at_any_size(rows, width, vocab, with_options, seed
 def test_huge_logits_stay_exact():
     """Logits of thousands: the entropy of a few near ties is not lost to cancellation."""
     z = np.array([[4900.0, 4899.0, 4890.0, -5000.0], [-4000.0, -4000.0, -4000.0, -4001.0]])
-    stats = linear_logprob(jnp.asarray(z, jnp.float32), jnp.eye(4), jnp.array([1, 3]))
+    stats = tiled(jnp.asarray(z, jnp.float32), jnp.eye(4), jnp.array([1, 3]))
     _, expected = exact(z, np.eye(4), [1, 3])
     for x, y in zip(stats, expected):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
-    gradient = jax.grad(lambda h: sum(x.sum() for x in linear_logprob(h, jnp.eye(4), jnp.array([1, 3]))))
+    gradient = jax.grad(lambda h: sum(x.sum() for x in tiled(h, jnp.eye(4), jnp.array([1, 3]))))
     assert np.isfinite(gradient(jnp.asarray(1e25 * z, jnp.float32))).all()
 
 
@@ -177,7 +179,7 @@ def test_bfloat16_operands_cost_no_accuracy(seed, size):
     """Against float64 of the same operands: the bound of the design, and log-probs that are none positive."""
     hidden, head, targets = problem(64, 128, 1000, seed=seed, dtype=jnp.bfloat16, size=size)
     z, expected = exact(hidden, head, targets)
-    stats = linear_logprob(hidden, head, targets)
+    stats = tiled(hidden, head, targets)
     bound = 2e-5 * max(1, np.abs(z).max() / 16)
     assert np.abs(stats.logp - expected.logp).max() <= bound
     assert np.abs(stats.entropy - expected.entropy).max() <= bound
@@ -194,7 +196,7 @@ def test_bfloat16_gradients_are_as_good_as_from_float32_logits():
     hidden, head, targets = problem(256, 512, 8192, dtype=jnp.bfloat16)
     g = cotangents_of(256)
     expected = exact_gradients(hidden, head, targets, g)
-    _, ours = results_and_gradients(linear_logprob, hidden, head, targets, g)
+    _, ours = results_and_gradients(tiled, hidden, head, targets, g)
     _, theirs = results_and_gradients(reference.linear_logprob, hidden, head, targets, g)
     for mine, other in zip(gradient_error(ours[:2], expected), gradient_error(theirs[:2], expected)):
         assert mine <= 1.5 * other
@@ -202,12 +204,8 @@ def test_bfloat16_gradients_are_as_good_as_from_float32_logits():
 
 def test_float16_is_upcast():
     hidden, head, targets = problem(8, 16, 97, dtype=jnp.float16)
-    stats, (dhidden, dhead, _) = results_and_gradients(
-        linear_logprob, hidden, head, targets, cotangents_of(8)
-    )
-    assert_close(
-        stats, linear_logprob(hidden.astype(jnp.float32), head.astype(jnp.float32), targets), atol=1e-6
-    )
+    stats, (dhidden, dhead, _) = results_and_gradients(tiled, hidden, head, targets, cotangents_of(8))
+    assert_close(stats, tiled(hidden.astype(jnp.float32), head.astype(jnp.float32), targets), atol=1e-6)
     assert dhidden.dtype == dhead.dtype == jnp.float16
 
 
@@ -219,10 +217,10 @@ def test_rows_that_are_not_wanted_are_nothing():
     active = jnp.arange(6) != 1
     wanted = np.array([True, False, True, False, False, True])
     g = LogprobStats(*(jnp.ones(6) for _ in range(3)))
-    fn = functools.partial(linear_logprob, active=active)
+    fn = functools.partial(tiled, active=active)
     stats, (dhidden, dhead, _) = results_and_gradients(fn, hidden, head, targets, g)
     few, (dfew, dhead_few, _) = results_and_gradients(
-        linear_logprob, hidden[wanted], head, targets[wanted], LogprobStats(*(x[wanted] for x in g))
+        tiled, hidden[wanted], head, targets[wanted], LogprobStats(*(x[wanted] for x in g))
     )
     assert_close([x[wanted] for x in stats], list(few))
     assert_close([dhidden[wanted], dhead], [dfew, dhead_few])
@@ -231,7 +229,7 @@ def test_rows_that_are_not_wanted_are_nothing():
 
 def test_no_row_at_all():
     hidden, head, targets = problem(40, 8, 97)
-    fn = functools.partial(linear_logprob, active=jnp.zeros(40, bool))
+    fn = functools.partial(tiled, active=jnp.zeros(40, bool))
     out = results_and_gradients(
         fn, 1e30 * hidden, head, targets, LogprobStats(*(jnp.ones(40) for _ in range(3)))
     )
@@ -246,7 +244,7 @@ def test_blocks_without_a_gradient_take_no_step(implementation):
     hidden, head, targets = problem(4 * block, 8, 97)
     touched = np.arange(4 * block) // block == 2
     g = LogprobStats(*(jnp.where(jnp.asarray(touched), x, 0) for x in cotangents_of(4 * block)))
-    stats = linear_logprob(hidden, head, targets)
+    stats = tiled(hidden, head, targets)
     rows = tiles.coefficients(stats, g, jnp.ones(4 * block, bool), None, with_entropy=True)
     poisoned = jnp.where(jnp.asarray(touched)[:, None], hidden, jnp.inf)
     x = tiles.Operands(poisoned, head, targets, jnp.asarray(touched))
@@ -270,7 +268,7 @@ def test_a_constant_head_costs_no_product():
     hidden, head, targets = problem(8, 16, 97)
 
     def loss(hidden, head):
-        return linear_logprob(hidden, head, targets, implementation="xla").logp.sum()
+        return tiled(hidden, head, targets).logp.sum()
 
     def frozen(hidden, head):
         return loss(hidden, jax.lax.stop_gradient(head))
@@ -285,7 +283,7 @@ def test_no_logits_in_memory():
     rows, width, vocab = 2048, 64, 32_768
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, width), (vocab, width))]
     targets = jnp.zeros(rows, jnp.int32)
-    loss = lambda hidden, head: linear_logprob(hidden, head, targets).logp.sum()  # noqa: E731
+    loss = lambda hidden, head: tiled(hidden, head, targets).logp.sum()  # noqa: E731
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocab * 4 / 10
     assert not re.search(rf"\[({rows},{vocab}|{vocab},{rows})\]", compiled.as_text())
@@ -301,9 +299,7 @@ def test_under_remat_and_scan():
 
         return jax.lax.scan(step, 0.0, (hidden.reshape(3, 4, 8), targets.reshape(3, 4)))[0]
 
-    assert_close(
-        *(jax.grad(functools.partial(loss, f))(head) for f in (linear_logprob, reference.linear_logprob))
-    )
+    assert_close(*(jax.grad(functools.partial(loss, f))(head) for f in (tiled, reference.linear_logprob)))
 
 
 @pytest.mark.parametrize(
@@ -341,21 +337,23 @@ def mesh_of(sizes):
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
+@pytest.mark.parametrize("implementation", ["xla", None])
 @pytest.mark.parametrize("name", MESHES)
-def test_four_devices_compute_what_one_does(name):
+def test_four_devices_compute_what_one_does(name, implementation):
     """Results and gradients: one that is wrong by the number of shards is the usual mistake."""
     sizes, row_axes, vocab_axis, embed_axis = MESHES[name]
     hidden, head, targets = problem(24, 16, 100)
     how = options(24, 100) | {"active": jnp.arange(24) % 5 != 3}
     sharded = functools.partial(
         linear_logprob,
+        implementation=implementation,
         mesh=mesh_of(sizes),
         row_axes=row_axes,
         vocab_axis=vocab_axis,
         embed_axis=embed_axis,
     )
     run = functools.partial(results_and_gradients, cotangents=cotangents_of(24), **how)
-    assert_close(run(sharded, hidden, head, targets), run(linear_logprob, hidden, head, targets), 1e-5, 2e-6)
+    assert_close(run(sharded, hidden, head, targets), run(tiled, hidden, head, targets), 1e-5, 2e-6)
 
 
 def test_what_is_sent_between_devices():

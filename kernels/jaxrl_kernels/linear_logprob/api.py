@@ -10,7 +10,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxrl_kernels import dispatch
-from jaxrl_kernels.linear_logprob import pallas_gpu, pallas_tpu, tiles, xla
+from jaxrl_kernels.chunks import dot
+from jaxrl_kernels.linear_logprob import pallas_gpu, pallas_tpu, reference, tiles, xla
 from jaxrl_kernels.linear_logprob.reference import LogprobStats
 from jaxrl_kernels.linear_logprob.tiles import Operands, Sums
 from jaxrl_kernels.manual import vary
@@ -38,7 +39,8 @@ def linear_logprob(
 
     Differentiable in `hidden`, `head` and `bias` through all three results, once. The backward pass computes
     the logits a second time, skips blocks of rows whose cotangents are all 0 (masked, clipped, without
-    advantage), and leaves out the head's gradient where the head is a constant.
+    advantage), and leaves out the head's gradient where the head is a constant. Only where a device has no
+    more than `KEPT_LOGITS` of them, and `implementation` is None, are logits kept instead.
 
     Example:
       >>> hidden, head = jnp.eye(2), jnp.zeros((4, 2))
@@ -80,11 +82,15 @@ def linear_logprob(
         wanted = wanted & active
         hidden = jnp.where(active[:, None], hidden, 0)
     scale = inverse_temperature(temperature, hidden.shape[0])
+    scale = None if scale is None else jnp.where(wanted, scale, 1)
     x = Operands(hidden, head.astype(hidden.dtype), targets.astype(jnp.int32), wanted, scale, bias)
     if mesh is None:
-        return _stats(_How(softcap, None, implementation), x)
+        return _of_device(_How(softcap, None, implementation), x)
     return _sharded(x, mesh, tuple(row_axes), vocab_axis, embed_axis, softcap, implementation)
 
+
+KEPT_LOGITS = 1 << 24
+"""So few logits on a device (64 MiB of float32) are kept for the backward pass: three products, not four."""
 
 BODIES: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
@@ -130,7 +136,7 @@ def _sharded(
     softcap: float | None,
     implementation: str | None,
 ) -> LogprobStats:
-    """`_stats` of every device's part. Gradients add up where a copy is typed as varying or gathered."""
+    """`_of_device` for every device's part. Gradients add up where a copy is typed as varying or gathered."""
     rows = PartitionSpec(row_axes or None)
     specs: dict[str, Any] = {
         "hidden": PartitionSpec(row_axes or None, None),
@@ -146,13 +152,27 @@ def _sharded(
         tensors = jax.tree.map(lambda a: vary(a, axes), (x.hidden, x.head, x.bias))
         x = x._replace(hidden=tensors[0], head=tensors[1], bias=tensors[2])
         if embed_axis is None:
-            return _stats(_How(softcap, vocab_axis, implementation), x)
+            return _of_device(_How(softcap, vocab_axis, implementation), x)
         # as [D, V], so that the pieces lie one behind the other: else TPUs copy what they gather, and sum
         # the gradient on every device instead of scattering it
         x = x._replace(head=jax.lax.all_gather(x.head.T, embed_axis, axis=0, tiled=True))
-        return _stats(_How(softcap, vocab_axis, implementation, vocab_dim=1), x)
+        return _of_device(_How(softcap, vocab_axis, implementation, vocab_dim=1), x)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(Operands(**specs),), out_specs=rows, check_vma=True)(x)
+    of_all = jax.shard_map(local, mesh=mesh, in_specs=(Operands(**specs),), out_specs=rows, check_vma=True)
+    # symbolic zeros are not implemented in a shard_map outside jit
+    return jax.jit(of_all)(x)
+
+
+def _of_device(how: _How, x: Operands) -> LogprobStats:
+    """Results of the rows on this device."""
+    few = x.hidden.shape[0] * x.head.shape[how.vocab_dim] <= KEPT_LOGITS
+    if not few or how.implementation is not None or how.vocab_axis is not None:
+        return _stats(how, x)
+    head = x.head.T if how.vocab_dim else x.head
+    bias = None if x.bias is None else x.bias.astype(jnp.float32)
+    scale = None if x.scale is None else x.scale[:, None]
+    z = tiles.logits(dot(x.hidden, head, 1, 1), bias, how.softcap, scale)
+    return LogprobStats(*(jnp.where(x.active, a, 0) for a in reference.from_logits(z, x.targets)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,4 +1,8 @@
-"""Tile sizes, by TPU generation and width of the hidden state."""
+"""Tile sizes, by TPU generation and width of the hidden state, chosen by the compiler's schedule.
+
+`tools/benchmarks/kernel_schedule.py` measures them: fewest bundles for a logit, among the tiles whose traffic
+takes less time than their bundles and that leave memory for the options that were not on.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,10 +15,16 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One step of a kernel works on `rows` × `columns` logits."""
+    """One step of a kernel works on `rows` × `columns` logits.
+
+    Attributes:
+      rows, columns: how many.
+      bundles: of a step when the tile was chosen (libtpu 0.0.42.1); a record that nothing depends on.
+    """
 
     rows: int
     columns: int
+    bundles: int | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +43,31 @@ class Chip:
 
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(14, {2048: Tile(256, 256), 4096: Tile(128, 256)}, {2048: Tile(128, 256), 4096: Tile(64, 128)}),
-    "v5e": Chip(100, {4096: Tile(512, 1024)}, {4096: Tile(512, 1024)}),
-    "v5p": Chip(60, {4096: Tile(512, 1024)}, {2048: Tile(256, 1024), 4096: Tile(256, 512)}),
-    "v6e": Chip(100, {4096: Tile(512, 2048)}, {2048: Tile(512, 2048), 4096: Tile(512, 1024)}),
-    "7x": Chip(60, {4096: Tile(512, 1024)}, {2048: Tile(256, 1024), 4096: Tile(256, 512)}),
+    "v4": Chip(
+        vmem_mib=14,
+        forward={2048: Tile(256, 256), 4096: Tile(256, 256)},
+        backward={2048: Tile(128, 256), 4096: Tile(64, 128)},
+    ),
+    "v5e": Chip(
+        vmem_mib=112,
+        forward={2048: Tile(512, 1024), 4096: Tile(512, 1024)},
+        backward={2048: Tile(512, 1024), 4096: Tile(512, 512)},
+    ),
+    "v5p": Chip(
+        vmem_mib=60,
+        forward={2048: Tile(512, 1024), 4096: Tile(512, 1024)},
+        backward={2048: Tile(256, 1024), 4096: Tile(256, 512)},
+    ),
+    "v6e": Chip(
+        vmem_mib=112,
+        forward={2048: Tile(1024, 2048), 4096: Tile(1024, 2048)},
+        backward={2048: Tile(512, 2048), 4096: Tile(512, 1024)},
+    ),
+    "7x": Chip(
+        vmem_mib=60,
+        forward={2048: Tile(512, 2048), 4096: Tile(512, 2048)},
+        backward={2048: Tile(512, 1024), 4096: Tile(256, 512)},
+    ),
 }
 """By `pltpu.ChipVersion`."""
 

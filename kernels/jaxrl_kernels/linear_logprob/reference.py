@@ -31,7 +31,13 @@ def linear_logprob(
         z = z + bias.astype(jnp.float32)
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
-    z = z / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)[:, None]
+    return from_logits(
+        z / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)[:, None], targets
+    )
+
+
+def from_logits(z: Array, targets: Array) -> LogprobStats:
+    """The results from logits f32[N, V], temperature applied."""
     peak = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
     weights = jnp.exp(z - peak)
     total = jnp.sum(weights, axis=1, keepdims=True)
