@@ -217,7 +217,7 @@ def test_rows_that_are_not_wanted_are_nothing():
     active = jnp.arange(6) != 1
     wanted = np.array([True, False, True, False, False, True])
     g = LogprobStats(*(jnp.ones(6) for _ in range(3)))
-    fn = functools.partial(tiled, active=active)
+    fn = functools.partial(tiled, active=active, temperature=jnp.where(active, 1.0, jnp.nan))
     stats, (dhidden, dhead, _) = results_and_gradients(fn, hidden, head, targets, g)
     few, (dfew, dhead_few, _) = results_and_gradients(
         tiled, hidden[wanted], head, targets[wanted], LogprobStats(*(x[wanted] for x in g))
@@ -354,6 +354,14 @@ def test_four_devices_compute_what_one_does(name, implementation):
     )
     run = functools.partial(results_and_gradients, cotangents=cotangents_of(24), **how)
     assert_close(run(sharded, hidden, head, targets), run(tiled, hidden, head, targets), 1e-5, 2e-6)
+
+
+def test_a_mesh_without_jit():
+    hidden, head, targets = problem(8, 4, 10)
+    how = {"mesh": mesh_of((2, 1, 2)), "row_axes": ("data",), "vocab_axis": "tensor"}
+    one = jax.grad(lambda h: linear_logprob(h, head, targets, **how).logp.sum())(hidden)
+    other = jax.grad(lambda h: linear_logprob(h, head, targets).logp.sum())(hidden)
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_what_is_sent_between_devices():

@@ -112,7 +112,14 @@ def test_visits_share_active_blocks_between_cores():
 
 
 @pytest.mark.parametrize(
-    "width,tile", [(512, Tile(512, 2048)), (2048, Tile(512, 2048)), (16384, Tile(512, 256))]
+    "width,tile",
+    [
+        (512, Tile(512, 2048)),
+        (2048, Tile(512, 2048)),
+        (5120, Tile(256, 768)),
+        (16384, Tile(128, 256)),
+        (65536, Tile(32, 128)),
+    ],
 )
 def test_tiles_shrink_with_the_width(monkeypatch, width, tile):
     chip = CHIPS["v6e"]
@@ -175,6 +182,13 @@ def test_compiles_in_the_memory_of_the_hidden_gradient(monkeypatch, chip):
     assert not re.search(rf"\[({rows},{vocab}|{vocab},{rows})\]", text)
     cores = 2 if chip == "v5p" else 1
     assert compiled.memory_analysis().temp_size_in_bytes <= cores * rows * width * 4 + 16 * MIB
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
+@pytest.mark.parametrize("width,dtype", [(5120, jnp.bfloat16), (8192, jnp.bfloat16), (4096, jnp.float32)])
+def test_compiles_for_widths_beyond_the_table(monkeypatch, chip, width, dtype):
+    compile_for_one(monkeypatch, chip, policy_gradient, *shapes(2048, width, 151_936, dtype))
 
 
 @pytest.mark.aot

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-"""Columns of a TPU register: the unit of a tile's columns."""
+LANES, SUBLANES = 128, 16
+"""Columns and rows of a TPU register of bfloat16: the units of a tile's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Chip:
 
     Attributes:
       vmem_mib: on-chip memory a kernel may take, of the 128 (v5e, v6e), 64 (v5p, v7x) or 16 (v4) there is.
-      forward, backward: width D -> tile. A width takes the tile of the next width listed, and beyond the
-        last one its columns in proportion.
+      forward, backward: width D -> tile. A width takes the tile of the next width listed. Beyond the last
+        one the columns shrink in proportion and the rows by the next whole number, so that memory suffices.
     """
 
     vmem_mib: int
@@ -45,28 +45,28 @@ class Chip:
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         vmem_mib=14,
-        forward={2048: Tile(256, 256), 4096: Tile(256, 256)},
-        backward={2048: Tile(128, 256), 4096: Tile(64, 128)},
+        forward={2048: Tile(256, 256, 2576), 4096: Tile(256, 256, 4488)},
+        backward={2048: Tile(128, 256, 3543), 4096: Tile(64, 128, 2741)},
     ),
     "v5e": Chip(
-        vmem_mib=112,
-        forward={2048: Tile(512, 1024), 4096: Tile(512, 1024)},
-        backward={2048: Tile(512, 1024), 4096: Tile(512, 512)},
+        vmem_mib=100,
+        forward={2048: Tile(512, 1024, 14736), 4096: Tile(512, 1024, 27968)},
+        backward={2048: Tile(512, 1024, 40799), 4096: Tile(512, 512, 43081)},
     ),
     "v5p": Chip(
         vmem_mib=60,
-        forward={2048: Tile(512, 1024), 4096: Tile(512, 1024)},
-        backward={2048: Tile(256, 1024), 4096: Tile(256, 512)},
+        forward={2048: Tile(512, 1024, 14855), 4096: Tile(512, 1024, 28084)},
+        backward={2048: Tile(256, 1024, 22135), 4096: Tile(256, 512, 21933)},
     ),
     "v6e": Chip(
         vmem_mib=112,
-        forward={2048: Tile(1024, 2048), 4096: Tile(1024, 2048)},
-        backward={2048: Tile(512, 2048), 4096: Tile(512, 1024)},
+        forward={2048: Tile(1024, 2048, 20316), 4096: Tile(1024, 2048, 36695)},
+        backward={2048: Tile(512, 2048, 25877), 4096: Tile(512, 1024, 25445)},
     ),
     "7x": Chip(
         vmem_mib=60,
-        forward={2048: Tile(512, 2048), 4096: Tile(512, 2048)},
-        backward={2048: Tile(512, 1024), 4096: Tile(256, 512)},
+        forward={2048: Tile(512, 2048, 7701), 4096: Tile(512, 2048, 12517)},
+        backward={2048: Tile(512, 1024, 10658), 4096: Tile(256, 512, 6459)},
     ),
 }
 """By `pltpu.ChipVersion`."""
@@ -113,5 +113,5 @@ def _tile(table: Mapping[int, Tile], width: int) -> Tile:
         return table[listed]
     largest = max(table)
     tile = table[largest]
-    columns = tile.columns * largest // width
-    return Tile(tile.rows, max(LANES, columns // LANES * LANES))
+    rows, columns = tile.rows // -(-width // largest), tile.columns * largest // width
+    return Tile(max(SUBLANES, rows // SUBLANES * SUBLANES), max(LANES, columns // LANES * LANES))

@@ -23,15 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels.linear_logprob import rows as rows_lib
 from jaxrl_kernels.linear_logprob import tiles
-from jaxrl_kernels.linear_logprob.blocks import LANES, Plan, Tile, plan
+from jaxrl_kernels.linear_logprob.blocks import LANES, SUBLANES, Plan, Tile, plan
 from jaxrl_kernels.linear_logprob.tiles import LOWEST, Coefficients, Operands, Sums
 from jaxrl_kernels.manual import out_shape, vary, varying_axes
 
 Array = jax.Array
 Ref = Any
-
-SUBLANES = 16
-"""Rows of a register of bfloat16: the unit of a tile's rows."""
 
 LEAST_BLOCKS = 3
 """A block of the hidden gradient is read again one vocabulary tile after it was written. The pipeline
@@ -50,7 +47,7 @@ def forward(
       using: tiles; None for those of the chip.
     """
     num_rows, vocab = operands.hidden.shape[0], operands.head.shape[vocab_dim]
-    using = using or plan(operands.hidden.shape[1])
+    using = using or _plan(operands)
     tile = _fit(using.forward, num_rows, vocab, using.cores)
     x = _pad(operands, tile.rows, using.cores)
     columns = _without_none(target=x.targets, scale=x.scale)
@@ -99,7 +96,7 @@ def backward(
       head_gradient: whether head and bias have a gradient.
     """
     num_rows, vocab = operands.hidden.shape[0], operands.head.shape[vocab_dim]
-    using = using or plan(operands.hidden.shape[1])
+    using = using or _plan(operands)
     tile = _fit(using.backward, num_rows, vocab, LEAST_BLOCKS if head_gradient else using.cores)
     x = _pad(operands, tile.rows, *((1, LEAST_BLOCKS) if head_gradient else (using.cores, 1)))
     n, d = x.hidden.shape
@@ -397,6 +394,12 @@ def _in_specs(x: Operands, tile: Tile, num_columns: int, vocab_dim: int, place: 
     if x.bias is not None:
         specs.append(pl.BlockSpec((1, tile.columns), lambda *step: (0, place(*step)[1])))
     return specs
+
+
+def _plan(x: Operands) -> Plan:
+    """Tiles are for bfloat16: float32 takes as much memory at half the width."""
+    width, bytes_each = x.hidden.shape[1], jnp.dtype(x.hidden.dtype).itemsize
+    return plan(width if bytes_each == 2 and x.hidden.dtype != jnp.float16 else 2 * width)
 
 
 def _fit(tile: Tile, num_rows: int, vocab: int, multiple: int) -> Tile:

@@ -114,7 +114,8 @@ def backward(
             if dpiece is not None:
                 dpiece = dpiece + jnp.sum(dz, axis=1)
             dz = dz.astype(dtype)
-            dhidden = put(dhidden, cut(dhidden, start, block) + dot(dz, weights, 0, 0), start)
+            some = cut(dhidden, start, block, axis=1) + dot(weights, dz, 0, 0)
+            dhidden = put(dhidden, some, start, axis=1)
             if dweights is not None:
                 dweights = dweights + dot(dz, piece.models[0].hidden, 1, 0)
             return dhidden, dweights, dpiece
@@ -130,12 +131,12 @@ def backward(
         return dhidden, dhead, dbias
 
     carry = (
-        zeros(hidden.shape, x),
+        zeros(hidden.shape[::-1], x),  # [D, N], which CPUs multiply faster into
         zeros(head.shape, x, dtype) if head_gradient else None,
         zeros(head.shape[:1], x) if head_gradient and bias is not None else None,
     )
     dhidden, dhead, dbias = over(head.shape[0], COLUMNS, columns, carry)
-    dhidden = dhidden[: operands.active.shape[0]].astype(dtype)
+    dhidden = dhidden.T[: operands.active.shape[0]].astype(dtype)
     return dhidden, dhead, None if bias is None or dbias is None else dbias.astype(bias.dtype)
 
 
