@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels.linear_logprob import rows as rows_lib
 from jaxrl_kernels.linear_logprob import tiles
 from jaxrl_kernels.linear_logprob.blocks import LANES, SUBLANES, Plan, Tile, plan
 from jaxrl_kernels.linear_logprob.tiles import LOWEST, Coefficients, Operands, Sums
@@ -412,13 +411,26 @@ def _pad(x: Operands, block: int, cores: int, least_blocks: int = 1) -> Operands
     """Rows up to whole blocks for every core, and float16, which TPUs lack, as float32."""
     if x.hidden.dtype == jnp.float16:
         x = x._replace(hidden=x.hidden.astype(jnp.float32), head=x.head.astype(jnp.float32))
-    return rows_lib.pad(x, max(_round_up(x.hidden.shape[0], block * cores), least_blocks * block))
+    rows = x.hidden.shape[0]
+    more = max(_round_up(rows, block * cores), least_blocks * block) - rows
+    if not more:
+        return x
+    return Operands(
+        jnp.pad(x.hidden, ((0, more), (0, 0))),
+        x.head,
+        jnp.pad(x.targets, (0, more)),
+        jnp.pad(x.active, (0, more)),
+        None if x.scale is None else jnp.pad(x.scale, (0, more), constant_values=1),
+        x.bias,
+    )
 
 
 def _visits(x: Operands, tile: Tile, cores: int, least: int = 1) -> tuple[Array, Array]:
-    """Row blocks i32[blocks / cores, cores] in the order of visits, and how many a core visits."""
-    order, count = rows_lib.visits(x.active, tile.rows)
-    return order.reshape(-1, cores), jnp.maximum((count + cores - 1) // cores, least)
+    """Row blocks i32[blocks / cores, cores], those with an active row first, and how many a core visits."""
+    is_active = jnp.any(x.active.reshape(-1, tile.rows), axis=1)
+    order = jnp.argsort(~is_active, stable=True).astype(jnp.int32)
+    count = (jnp.sum(is_active, dtype=jnp.int32) + cores - 1) // cores
+    return order.reshape(-1, cores), jnp.maximum(count, least)
 
 
 def _round_up(x: int, multiple: int) -> int:

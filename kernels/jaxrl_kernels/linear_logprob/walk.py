@@ -1,8 +1,8 @@
 """Walks over tiles of the logits of one or two models, in plain XLA for every platform.
 
 A tile is [vocabulary, rows]: what belongs to a row then lies along the last dimension, where a processor's
-vector instructions find it, and sums over the vocabulary cross no lanes. Row blocks without an active row
-are not visited.
+vector instructions find it, and sums over the vocabulary cross no lanes. Active rows are moved to the front,
+and the rows behind them cost nothing.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from jaxrl_kernels.chunks import cut, dot, over, put, zeros
 from jaxrl_kernels.linear_logprob import tiles
-from jaxrl_kernels.linear_logprob.rows import visits
 
 Array = jax.Array
 
@@ -65,13 +64,12 @@ def forward(
       start_from: zeros [rows] -> sums before the first tile: arrays [..., rows].
 
     Returns:
-      Sums with leaves [..., N]; 1 in blocks that are not visited, so that no logarithm or quotient fails.
+      Sums with leaves [..., N]; 1 in rows behind the last block, so that no logarithm or quotient fails.
     """
-    x, block = _in_blocks(operands)
-    order, count = visits(x.active, block)
+    x, block, count, place = _active_first(operands)
 
     def rows(i: Array, out: Any) -> Any:
-        start = order[i] * block
+        start = i * block
         piece = _rows_of(x, start, block)
 
         def columns(first: Array | int, width: int, sums: Any) -> Any:
@@ -83,7 +81,7 @@ def forward(
     empty = jax.eval_shape(start_from, jax.ShapeDtypeStruct(x.active.shape, jnp.float32))
     ones = jax.tree.map(lambda a: zeros(a.shape, x, a.dtype) + 1, empty)
     out = jax.lax.fori_loop(0, count, rows, ones)
-    return jax.tree.map(lambda a: a[..., : operands.active.shape[0]], out)
+    return jax.tree.map(lambda a: a[..., place], out)
 
 
 def backward(
@@ -97,8 +95,7 @@ def backward(
         times its scale; 0 in rows that are not active.
       head_gradient: whether head and bias have one; else None.
     """
-    x, block = _in_blocks(operands)
-    order, count = visits(x.active, block)
+    x, block, count, place = _active_first(operands)
     hidden, head, bias, _ = x.models[0]
     dtype = hidden.dtype
 
@@ -107,7 +104,7 @@ def backward(
 
         def rows(i: Array, carry: Any) -> Any:
             dhidden, dweights, dpiece = carry
-            start = order[i] * block
+            start = i * block
             piece = _rows_of(x, start, block)
             z = _logits(piece.models, first, width, caps)
             dz = tiles.through_cap(gradient(z, first, piece.rows), z[0], caps[0], piece.models[0].scale)
@@ -136,29 +133,35 @@ def backward(
         zeros(head.shape[:1], x) if head_gradient and bias is not None else None,
     )
     dhidden, dhead, dbias = over(head.shape[0], COLUMNS, columns, carry)
-    dhidden = dhidden.T[: operands.active.shape[0]].astype(dtype)
+    dhidden = dhidden.astype(dtype).T[place]
     return dhidden, dhead, None if bias is None or dbias is None else dbias.astype(bias.dtype)
 
 
-def _in_blocks(x: Operands) -> tuple[Operands, int]:
-    """Rows in blocks of equal size, padded where they cannot be, and that size."""
+def _active_first(x: Operands) -> tuple[Operands, int, Array, Array]:
+    """Rows sorted by whether they are active, in blocks of equal size.
+
+    Returns:
+      The rows, padded to whole blocks; rows of a block; the number of blocks i32[] with an active row; and
+      where each of the rows was moved to, i32[N].
+    """
     rows = x.active.shape[0]
     blocks = -(-rows // ROWS)
     block = -(-rows // blocks)
-    more = blocks * block - rows
-    if not more:
-        return x, block
+    order = jnp.argsort(~x.active, stable=True)
+    place = jnp.argsort(order)
+    order = jnp.pad(order, (0, blocks * block - rows), constant_values=rows)
 
-    def pad(a: Array, axis: int = -1) -> Array:
-        width = [(0, 0)] * a.ndim
-        width[axis] = (0, more)
-        return jnp.pad(a, width)
+    def sort(a: Array, axis: int = -1, beyond: int = 0) -> Array:
+        return jnp.take(a, order, axis, mode="fill", fill_value=beyond)
 
     models = tuple(
-        model._replace(hidden=pad(model.hidden, 0), scale=None if model.scale is None else pad(model.scale))
+        model._replace(
+            hidden=sort(model.hidden, 0), scale=None if model.scale is None else sort(model.scale, beyond=1)
+        )
         for model in x.models
     )
-    return Operands(models, jax.tree.map(pad, x.rows), pad(x.active)), block
+    count = (jnp.sum(x.active, dtype=jnp.int32) + block - 1) // block
+    return Operands(models, jax.tree.map(sort, x.rows), sort(x.active)), block, count, place
 
 
 def _logits(models: tuple[Model, ...], first: Array | int, width: int, caps: Caps) -> tuple[Array, ...]:

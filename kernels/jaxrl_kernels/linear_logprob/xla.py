@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 def forward(operands: Operands, *, softcap: float | None) -> Sums:
-    """Sums over the vocabulary for each row, f32[N] each; 1 in blocks of rows of which none is active."""
+    """Sums over the vocabulary for each row, f32[N] each; anything in rows that are not active."""
 
     def tile(logits: tuple[Array], first: Array | int, targets: Array, sums: Sums) -> Sums:
         (z,) = logits

@@ -6,7 +6,8 @@ import loss_worker
 import ours_loss
 
 
-def naive(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+def naive(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Of masked tokens as well: leaving them out would change shapes with the data."""
     logits = jnp.dot(hidden, head.T, preferred_element_type=jnp.float32)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
 

@@ -15,25 +15,29 @@ from loss_worker import Problem
 from jaxrl_kernels.linear_logprob import linear_logprob
 from jaxrl_llm import losses
 
-Logp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(hidden [N, D], head [V, D], targets [N]) -> log-probs [N]."""
+Logp = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(hidden [N, D], head [V, D], targets [N], mask bool[N]) -> log-probs [N]."""
 
 
-def fused(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-    return linear_logprob(hidden, head, targets, temperature=1.0).logp
+def fused(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    return linear_logprob(hidden, head, targets, active=mask).logp
 
 
 def contender(function: Logp, beside: Callable[[Problem], Any] | None = None) -> jax_loss.JaxLoss:
     """PPO's clipped loss and, to check others by, the cross-entropy, on some log-probs."""
 
-    def logp(problem: Problem) -> jax.Array:
-        flat = function(problem.hidden, problem.head, problem.targets.reshape(-1))
-        return flat.reshape(problem.targets.shape)
+    def logp(problem: Problem, mask: jax.Array) -> jax.Array:
+        flat = function(problem.hidden, problem.head, problem.targets.reshape(-1), mask.reshape(-1))
+        return flat.reshape(mask.shape)
 
     def policy(problem: Problem) -> jax.Array:
         mask = problem.mask > 0
         token_loss, _ = losses.ppo_clip(
-            logp(problem), problem.old_logp, problem.advantages[:, None], mask, epsilon=loss_worker.EPSILON
+            logp(problem, mask),
+            problem.old_logp,
+            problem.advantages[:, None],
+            mask,
+            epsilon=loss_worker.EPSILON,
         )
         total = losses.aggregate(token_loss, mask, "token_mean")
         return total.sum / total.weight
@@ -41,7 +45,7 @@ def contender(function: Logp, beside: Callable[[Problem], Any] | None = None) ->
     return jax_loss.JaxLoss(
         policy,
         lambda problem: problem._replace(hidden=problem.hidden.reshape(-1, problem.hidden.shape[-1])),
-        others={"cross-entropy": lambda problem: -logp(problem).mean()},
+        others={"cross-entropy": lambda problem: -logp(problem, problem.mask >= 0).mean()},
         beside=beside,
     )
 
