@@ -3,10 +3,11 @@
     python tools/benchmarks/loss.py
 
 PPO's clipped loss (ε = 0.2, mean over tokens, neither KL nor entropy bonus) of N tokens in 8 sequences, of
-which the last up to half are masked and some others clipped, as in training; ours leaves both out. In float32, differentiated with respect to hidden states [N, D] and head [V, D]; every library on the same arrays
-in its own layout, on 2 cores. Before the clock starts all agree on the loss to 1e-4 and on the norms of both
-gradients to 1e-3. tokamax has the cross-entropy alone, which is less work: its value is checked against that
-of ours. A round is one call, compiled and warm, its results waited for; nothing is optimised or fetched.
+which up to half are masked at the end, and some of the others clipped, as in training: ours leaves both out.
+In float32, differentiated with respect to hidden states [N, D] and head [V, D]; every library on the same
+arrays in its own layout, on 2 cores. Before the clock starts all agree on the loss to 1e-4 and on the norms
+of both gradients to 1e-3. tokamax has the cross-entropy of all tokens alone: its value is checked against
+that of ours. A round is one call, compiled and warm, its results waited for; nothing is optimised or fetched.
 
 The second table sets ours beside the three bare matrix products (logits, gradient of hidden, gradient of
 head, each jitted by itself), timed in turn in the same process, and the temporaries that XLA plans for ours
