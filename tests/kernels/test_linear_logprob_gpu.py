@@ -228,7 +228,8 @@ def test_compiles_for_h100_in_memory_of_the_rows_and_a_chunk(argnums):
 def test_compiles_for_h100_where_nothing_is_a_multiple_of_a_tile(width, vocab, dtype):
     def step(hidden, head, targets, bias, temperature, active):
         how = {"softcap": 30.0, "bias": bias, "temperature": temperature, "active": active}
-        return policy_gradient(hidden, head, targets, **how)
+        # by name, as so few logits would be kept
+        return policy_gradient(hidden, head, targets, **how, implementation="pallas_gpu")
 
     rows = 301
     more = [jax.ShapeDtypeStruct(*x) for x in (((vocab,), dtype), ((rows,), jnp.float32), ((rows,), bool))]
