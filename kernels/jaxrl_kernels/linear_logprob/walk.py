@@ -19,6 +19,9 @@ Array = jax.Array
 ROWS, COLUMNS = 512, 2048
 """Of a tile at most. 4 MiB of float32: it stays in the cache between the products."""
 
+LEAST_ROWS = 256
+"""Of a tile, where four blocks would otherwise have more: the last active block is computed as a whole."""
+
 Caps = tuple[float | None, ...]
 """Soft cap of each model's logits."""
 
@@ -145,7 +148,7 @@ def _active_first(x: Operands) -> tuple[Operands, int, Array, Array]:
       where each of the rows was moved to, i32[N].
     """
     rows = x.active.shape[0]
-    blocks = -(-rows // ROWS)
+    blocks = max(-(-rows // ROWS), min(4, -(-rows // LEAST_ROWS)))
     block = -(-rows // blocks)
     order = jnp.argsort(~x.active, stable=True)
     place = jnp.argsort(order)
