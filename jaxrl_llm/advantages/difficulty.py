@@ -11,17 +11,58 @@ One step, with the anchor that the batches before it have left:
   state = ha_dw_update(state, accuracy)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.advantages.group import grpo
-from jaxrl_llm.advantages.segments import segment_ids, segment_sum
-from jaxrl_llm.losses.aggregation import Array, Metrics, check_same_shape, float_of, masked_sum
+from jaxrl_llm.advantages.group import grpo, usable_rows
+from jaxrl_llm.losses.aggregation import (
+    Array,
+    Metrics,
+    WeightedSum,
+    check_same_shape,
+    float_of,
+    masked_sum,
+)
 from jaxrl_llm.losses.ratios import clamp_log_ratio
+from jaxrl_llm.losses.segments import segment_ids, segment_sum
 
 FORMS = ("filter", "window")
+
+
+def baseline_bias(success_rate: Array, group_size: int) -> Array:
+    """By how much the mean of a group with both a success and a failure exceeds the true success rate.
+
+    E[p̂ − p | 0 < p̂ < 1] = p(1−p)·((1−p)^(G−1) − p^(G−1)) / (1 − (1−p)^G − p^G)
+
+    of rewards 0 and 1 drawn with success rate p in groups of G. Positive for p < ½, negative for p > ½, odd
+    around ½, and smaller in larger groups: the baseline is too high on hard prompts. With p < 1/G any kept
+    group overestimates p. (The advantages of kept groups still average to 0, over their rows.)
+
+    Example:
+      >>> [round(float(b), 4) for b in baseline_bias(jnp.array([0.1, 0.3, 0.5, 0.7]), 8)]
+      [0.0756, 0.0183, 0.0, -0.0183]
+
+    Args:
+      success_rate: f[...] p in (0, 1); NaN at 0 and 1, where no group is kept.
+      group_size: G, at least 2.
+
+    Returns:
+      f[...] the bias, float32 or wider.
+
+    Raises:
+      ValueError: groups of fewer than two.
+
+    References:
+      2601.08521, whose proof words the direction the wrong way round.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size} must be at least 2: no smaller group has both outcomes")
+    p = float_of(success_rate)
+    q = 1 - p
+    chance = -jnp.expm1(group_size * jnp.log1p(-p)) - p**group_size  # of a kept group
+    return p * q * (q ** (group_size - 1) - p ** (group_size - 1)) / chance
 
 
 class HaDwState(NamedTuple):
@@ -148,6 +189,7 @@ def ha_dw_weights(
     advantages = jax.lax.stop_gradient(float_of(advantages))
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
     check_same_shape(advantages=advantages, rewards=rewards, group=group, valid=valid)
+    anchor = jax.lax.stop_gradient(anchor)
     counts = valid & jnp.isfinite(rewards)
     ids = segment_ids(group)
     rows = segment_sum(jnp.ones_like(rewards), ids, counts)
@@ -182,9 +224,43 @@ def ha_dw(
     """
     advantages, metrics = grpo(rewards, group, valid, epsilon=epsilon, ddof=ddof)
     if anchor is None:
-        rewards = float_of(rewards)
-        counts = jnp.isfinite(rewards) if valid is None else jnp.isfinite(rewards) & valid
-        total = masked_sum(rewards, counts)
+        total = masked_sum(rewards, usable_rows(float_of(rewards), valid))
         anchor = total.sum / jnp.maximum(total.weight, 1)
     weights, more = ha_dw_weights(advantages, rewards, group, valid, anchor=anchor, weight_scale=weight_scale)
     return advantages * weights, metrics | more
+
+
+def ha_dw_step(
+    state: HaDwState,
+    rewards: Array,
+    group: Array,
+    valid: Array | None = None,
+    *,
+    form: str = "filter",
+    gain: float = 1.0,
+    min_gain: float = 0.01,
+    **options: Any,
+) -> tuple[Array, HaDwState, Metrics]:
+    """One batch: its advantages against the belief of the batches before it, and the belief after it.
+
+    Example:
+      >>> rewards, group = jnp.array([1.0, 0.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1])
+      >>> _, state, metrics = ha_dw_step(ha_dw_init(), rewards, group)
+      >>> float(state.belief), float(metrics["ha_dw/anchor"].sum)  # the first batch is its own anchor
+      (0.75, 0.75)
+
+    Args:
+      state: from `ha_dw_init` or the batch before.
+      rewards, group, valid: as `grpo`.
+      form, gain, min_gain: as `ha_dw_update`.
+      options: of `ha_dw`.
+
+    Returns:
+      advantages f[N], the next state, and the metrics of `ha_dw` with the anchor among them.
+    """
+    total = masked_sum(rewards, usable_rows(float_of(rewards), valid))
+    accuracy = jnp.where(total.weight > 0, total.sum / jnp.maximum(total.weight, 1), jnp.nan)
+    anchor = jnp.nan_to_num(ha_dw_anchor(state, accuracy))
+    advantages, metrics = ha_dw(rewards, group, valid, anchor=anchor, **options)
+    metrics |= {"ha_dw/anchor": WeightedSum(anchor, jnp.ones_like(anchor))}
+    return advantages, ha_dw_update(state, accuracy, form=form, gain=gain, min_gain=min_gain), metrics

@@ -3,11 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.advantages.segments import segment_ids, segment_moments, segment_sum
+from jaxrl_llm.advantages.whitening import BatchStatistics, batch_statistics, whiten_groups
 from jaxrl_llm.losses.aggregation import Array, Metrics, check_same_shape, float_of, masked_sum
+from jaxrl_llm.losses.segments import segment_ids, segment_moments, segment_sum
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out")
+
+
+def usable_rows(rewards: Array, valid: Array | None) -> Array:
+    """bool[N]: the valid rows (None for all) whose reward, f[N], is a number."""
+    is_finite = jnp.isfinite(float_of(rewards))
+    return is_finite if valid is None else is_finite & jnp.asarray(valid, bool)
 
 
 def group_advantage(
@@ -20,6 +27,7 @@ def group_advantage(
     epsilon: float = 1e-6,
     ddof: int = 1,
     sample_weight: Array | None = None,
+    statistics: BatchStatistics | None = None,
 ) -> tuple[Array, Metrics]:
     """Reward minus the group's baseline, over a standard deviation.
 
@@ -46,6 +54,8 @@ def group_advantage(
       epsilon: added to the standard deviation (1e-4 in TRL).
       ddof: 1 for the sample standard deviation, 0 for the population's.
       sample_weight: f[N] factors of the rewards in the baseline mean alone (`hacpo`); constants.
+      statistics: of the whole batch's usable rewards, for scale = batch (`batch_statistics`); None if these
+        rows are all of it.
 
     Returns:
       advantages: f[N] without gradient, float32 or wider, finite for finite rewards up to 1e18 in size.
@@ -85,8 +95,8 @@ def group_advantage(
     if scale == "group":
         advantages /= moments.std[ids] + epsilon
     elif scale == "batch":
-        batch = segment_moments(rewards, jnp.zeros_like(ids), counts, ddof=ddof)
-        advantages /= batch.std[:1] + epsilon
+        batch = batch_statistics(rewards, counts) if statistics is None else jax.lax.stop_gradient(statistics)
+        advantages /= batch.std(ddof) + epsilon
     is_equal = moments.spread == 0
     advantages = jnp.where(counts & ~is_equal[ids], advantages, 0)
     return advantages, {
@@ -157,3 +167,66 @@ def hacpo(
     by the mean of the learner's own rows, is left to the caller.
     """
     return group_advantage(rewards, group, valid, epsilon=epsilon, ddof=ddof, sample_weight=sample_weight)
+
+
+def opo(rewards: Array, group: Array, valid: Array | None = None, *, lengths: Array) -> tuple[Array, Metrics]:
+    """OPO (2505.23585): A = r − Σ len_j·r_j / Σ len_j over the group, the baseline of least variance.
+
+    It is the optimal one where a row's squared gradient grows as its length. Rows of equal length make it
+    `dr_grpo`.
+
+    Example:
+      >>> rewards, lengths = jnp.array([0.0, 2.0, 4.0]), jnp.array([1, 1, 2])  # baseline (0 + 2 + 8) / 4
+      >>> opo(rewards, jnp.array([0, 0, 0]), lengths=lengths)[0].tolist()
+      [-2.5, -0.5, 1.5]
+
+    Args, Returns and Raises: as `group_advantage`; lengths are i or f[N], the policy's tokens in every row.
+    """
+    check_same_shape(rewards=rewards, lengths=lengths)
+    deviation, metrics = dr_grpo(rewards, group, valid)
+    counts = usable_rows(rewards, valid)
+    ids = segment_ids(group)
+    # baseline − mean = Σ len·(r − mean) / Σ len, which is exactly 0 where all rewards are equal
+    weight = jnp.where(counts, jax.lax.stop_gradient(float_of(lengths)), 0).astype(deviation.dtype)
+    total = segment_sum(weight, ids, counts)
+    shift = segment_sum(weight * deviation, ids, counts) / jnp.where(total > 0, total, 1)
+    return jnp.where(counts, deviation - shift[ids], 0), metrics
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Array,
+    group: Array,
+    valid: Array | None = None,
+    *,
+    lengths: Array | None = None,
+    statistics: BatchStatistics | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[Array, Metrics]:
+    """REINFORCE++ with a group baseline (2501.03262): r − mean of the group, whitened over the batch.
+
+    A_i = (d_i − mean(d)) / (std(d) + ε) with d_i = r_i − mean of i's group; mean and std over the batch's
+    tokens, each of which has its row's d
+
+    A group of equal rewards gets 0 rather than −mean/std.
+
+    Example:
+      >>> rewards, group = jnp.array([0.0, 2.0, 4.0, 4.0]), jnp.array([0, 0, 1, 1])  # d = −1, 1, 0, 0
+      >>> lengths = jnp.array([1, 1, 2, 1])  # over five tokens: mean 0, std √(2/4)
+      >>> a, _ = reinforce_plus_plus_baseline(rewards, group, lengths=lengths, epsilon=0.0)
+      >>> [round(x, 3) for x in a.tolist()]
+      [-1.414, 1.414, 0.0, 0.0]
+
+    Args:
+      rewards, group, valid: as `group_advantage`.
+      lengths: i[N] the policy's tokens in every row; None to count every row once.
+      statistics: of the whole batch's d, weighed by lengths; None if these rows are all of it. A piece makes
+        its share as `batch_statistics(dr_grpo(rewards, group)[0], isfinite(rewards), weight=lengths)`.
+      epsilon: added to the standard deviation.
+
+    Returns and Raises: as `group_advantage`.
+    """
+    deviation, metrics = dr_grpo(rewards, group, valid)
+    counts = usable_rows(rewards, valid)
+    return whiten_groups(
+        deviation, group, counts, statistics=statistics, weight=lengths, epsilon=epsilon
+    ), metrics

@@ -13,6 +13,7 @@ from jaxrl_llm.losses.aggregation import (
     masked_sum,
 )
 from jaxrl_llm.losses.ratios import clamp_log_ratio
+from jaxrl_llm.losses.surrogates import token_advantages
 
 IMPORTANCE_SAMPLING_CORRECTIONS = (
     "none",
@@ -40,9 +41,11 @@ def importance_sampling_correction(
     |-------------------|----------------------------------|-----------------------------------|
     | none              | 1                                |                                   |
     | token_truncate    | min(max(ρ_t, floor), cap)        | TIS (with floor = 0)              |
-    | token_mask        | ρ_t if floor ≤ ρ_t ≤ cap, else 0 | IcePop, 2510.18855                |
+    | token_mask        | ρ_t if floor ≤ ρ_t ≤ cap, else 0 | IcePop, 2510.18855 ¹              |
     | sequence_truncate | min(max(ρ, floor), cap)          | sequence-level TIS                |
     | sequence_mask     | ρ if floor ≤ ρ ≤ cap, else 0     | the default in TRL, with cap = 3  |
+
+    ¹ floor = 0.5 and cap = 5 in common use; that these are the paper's own could not be confirmed.
 
     Example:
       >>> old_logp, behaviour_logp = jnp.log(jnp.array([[0.5, 0.8]])), jnp.log(jnp.array([[0.5, 0.2]]))
@@ -100,3 +103,48 @@ def importance_sampling_correction(
         "sampling/sampling_logp_difference/mean": masked_sum(difference, mask),
         "sampling/sampling_logp_difference/max": masked_max(difference, mask),
     }
+
+
+def off_policy_sequence_mask(
+    logp: Array, behaviour_logp: Array, advantages: Array, mask: Array, *, threshold: float
+) -> tuple[Array, Metrics]:
+    """Drops what counts against sequences that the policy has left behind; multiply the token loss by it.
+
+    M_t = 0 if A_t < 0 and mean_t (log π_behaviour − log π) > threshold, else 1
+
+    The mean is over the row's tokens. Mistakes that the policy would hardly make any more teach little and
+    disturb much; rows with A > 0 stay, however far away.
+
+    Example:
+      >>> behaviour_logp, advantages = jnp.full((2, 2), -1.0), jnp.array([[-1.0], [1.0]])
+      >>> weights, _ = off_policy_sequence_mask(
+      ...     behaviour_logp - 0.75, behaviour_logp, advantages, jnp.ones((2, 2), bool), threshold=0.5
+      ... )
+      >>> weights.tolist()
+      [[0.0, 0.0], [1.0, 1.0]]
+
+    Args:
+      logp: f[N, T] log-probs (nats) under the policy in training; constants.
+      behaviour_logp: f[N, T] log-probs (nats) of the distribution actually sampled from.
+      advantages: f[N, T], or f[N, 1] for one per sequence.
+      mask: bool[N, T] tokens that count.
+      threshold: δ, nats per token. The paper gives no number; TRL's documentation suggests 0.5.
+
+    Returns:
+      weights: f[N, T] of 0 and 1 without gradient, 1 where masked, float32 or wider. The aggregation still
+        counts the dropped tokens, as in the paper.
+      metrics: `sampling/off_policy_masked`, the share of tokens dropped.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    References:
+      2512.02556 eq. 8 and 9.
+    """
+    check_same_shape(logp=logp, behaviour_logp=behaviour_logp, mask=mask)
+    d = jax.lax.stop_gradient(masked(behaviour_logp, mask) - masked(logp, mask))
+    tokens = jnp.sum(mask, axis=1, keepdims=True, dtype=d.dtype)
+    is_far = jnp.sum(d, axis=1, keepdims=True) / jnp.maximum(tokens, 1) > threshold
+    is_dropped = is_far & (token_advantages(advantages, mask) < 0)
+    weights = jnp.where(is_dropped, 0, jnp.ones_like(d))
+    return weights, {"sampling/off_policy_masked": masked_sum(is_dropped, mask)}

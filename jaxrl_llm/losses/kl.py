@@ -1,17 +1,21 @@
 """Estimators of the KL divergence from a reference policy, as token losses, by name in `KL_ESTIMATORS`.
 
-With x = log π − log π_ref at tokens drawn from π (nats), over one token's distribution:
+With x = log π − log π_ref (nats) and r = π/π_old. A token's gradient is weight·∇log π; the expectations are
+over one token's distribution, for tokens drawn from π itself:
 
-| name         | loss             | expected value       | expected gradient                               |
-|--------------|------------------|----------------------|-------------------------------------------------|
-| k1           | x                | KL(π‖ref)            | 0: a metric, or a part of the reward; no loss   |
-| k2           | x²/2             | neither KL           | ∇KL(π‖ref)                                      |
-| k3           | e^−x + x − 1     | KL(π‖ref), low noise | ∇KL(ref‖π), the other direction                 |
-| k3_corrected | r·k3 (r=π/π_old) | KL(π‖ref)            | ∇KL(π‖ref), for tokens drawn from π_old as well |
+| name                | loss                       | weight  | expected value       | expected gradient |
+|---------------------|----------------------------|---------|----------------------|-------------------|
+| k1                  | x                          | 1       | KL(π‖ref)            | 0                 |
+| k2                  | x²/2                       | x       | neither KL           | ∇KL(π‖ref)        |
+| k3                  | e^−x + x − 1               | 1−e^−x | KL(π‖ref), low noise | ∇KL(ref‖π)        |
+| k3_corrected        | r·k3                       | r·x     | KL(π‖ref)            | ∇KL(π‖ref)        |
+| k3_score_corrected  | k3·e^(log π − sg(log π))   | x       | KL(π‖ref)            | ∇KL(π‖ref)        |
+| k3_straight_through | k2 − sg(k2) + sg(k3)       | x       | KL(π‖ref)            | ∇KL(π‖ref)        |
 
-Every estimator is `(logp, ref_logp, mask, *, old_logp) -> (loss f[N, T], metrics)`; those that suppose
-tokens drawn from π itself take `old_logp` and ignore it. The tests check values and gradients by enumeration.
-k1, k2 and k3 are J. Schulman's, "Approximating KL divergence" (2020).
+k1 is a metric or a part of the reward, no loss; k3 has the gradient of the other direction. For tokens drawn
+from an older policy π_old, k3_corrected alone keeps its value and its gradient. The expectations of the
+others are then Σ π_old·loss and Σ π_old·weight·∇log π, those of no KL to the reference: k1 comes to the
+gradient of −KL(π_old‖π). Weights are those inside the clamps.
 """
 
 from collections.abc import Callable
@@ -82,7 +86,12 @@ def kl_k2(
 
 
 def kl_k3(
-    logp: Array, ref_logp: Array, mask: Array, *, old_logp: Array | None = None
+    logp: Array,
+    ref_logp: Array,
+    mask: Array,
+    *,
+    old_logp: Array | None = None,
+    value_clamp: float | None = None,
 ) -> tuple[Array, Metrics]:
     """GRPO's estimator: never negative and unbiased for KL(π‖ref), but its gradient is that of KL(ref‖π).
 
@@ -94,24 +103,40 @@ def kl_k3(
       >>> [round(k, 4) for k in loss[0].tolist()]  # x = 0 and −ln 2:  2 − ln 2 − 1
       [0.0, 0.3069]
 
-    Args and Raises: as `kl_k1`.
+    Args:
+      logp, ref_logp, mask, old_logp: as `kl_k1`.
+      value_clamp: largest k3 (nats), with gradient 0 beyond; 10 in verl, None for no such clamp. It makes the
+        estimate of large divergences too small, and blind to them.
 
     Returns:
-      f[N, T] (nats), 0 where masked, float32 or wider; metrics `kl`, its mean over tokens, and
-      `kl_clamped_ratio`, the share of tokens with |x| > 20.
+      f[N, T] (nats), 0 where masked, float32 or wider; metrics `kl`, its mean over tokens,
+      `kl_clamped_ratio`, the share of tokens with |x| > 20, and with a value clamp
+      `kl_value_clamped_ratio`, the share of tokens with k3 beyond it.
+
+    Raises:
+      ValueError: shapes that differ, or a value_clamp that is not above 0.
 
     References:
       2402.03300 eq. 4.
     """
     x, is_clamped = clamp_log_ratio(_difference(logp, ref_logp, mask))
     loss = _k3(x)
-    return loss, {"kl": masked_sum(loss, mask), "kl_clamped_ratio": masked_sum(is_clamped, mask)}
+    metrics: Metrics = {"kl_clamped_ratio": masked_sum(is_clamped, mask)}
+    if value_clamp is not None:
+        if value_clamp <= 0:
+            raise ValueError(f"value_clamp={value_clamp} must be above 0; None for no clamp")
+        is_large = loss > value_clamp
+        loss = jnp.where(is_large, value_clamp, loss)
+        metrics["kl_value_clamped_ratio"] = masked_sum(is_large, mask)
+    return loss, {"kl": masked_sum(loss, mask)} | metrics
 
 
 def kl_k3_corrected(logp: Array, ref_logp: Array, mask: Array, *, old_logp: Array) -> tuple[Array, Metrics]:
     """k3 times the differentiable ratio: KL(π‖ref) in value and gradient, also for tokens of an older policy.
 
     ℓ = r·k3 with r = π/π_old; exact as long as neither log-ratio meets the clamp at ±20
+
+    The two derivatives, r·k3 and r·(1 − e^−x), add up to r·x. This is TRL's reference KL by default.
 
     Example:
       >>> logp, ref_logp = jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.5, 0.4]]))
@@ -143,9 +168,62 @@ def kl_k3_corrected(logp: Array, ref_logp: Array, mask: Array, *, old_logp: Arra
     }
 
 
+def kl_k3_score_corrected(
+    logp: Array, ref_logp: Array, mask: Array, *, old_logp: Array | None = None
+) -> tuple[Array, Metrics]:
+    """k3 with the score function's part of the gradient: that of KL(π‖ref) for tokens of π itself.
+
+    ℓ = k3·e^(log π − sg(log π)), whose value is k3 and whose gradient is (1 − e^−x + k3)·∇log π = x·∇log π
+
+    Example:
+      >>> logp, ref_logp = jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.5, 0.4]]))
+      >>> loss = lambda x: kl_k3_score_corrected(x, ref_logp, jnp.ones((1, 2), bool))[0].sum()
+      >>> [round(g, 4) for g in jax.grad(loss)(logp)[0].tolist()]  # x
+      [0.0, -0.6931]
+
+    Args, Returns and Raises: as `kl_k3`. Beyond the clamp k3 is a constant, and the gradient k3·∇log π.
+
+    References:
+      2506.09477; the default in NeMo-RL.
+    """
+    k3, metrics = kl_k3(logp, ref_logp, mask)
+    logp = masked(logp, mask)
+    return k3 * jnp.exp(logp - jax.lax.stop_gradient(logp)), metrics
+
+
+def kl_k3_straight_through(
+    logp: Array,
+    ref_logp: Array,
+    mask: Array,
+    *,
+    old_logp: Array | None = None,
+    value_clamp: float | None = None,
+) -> tuple[Array, Metrics]:
+    """k3 in value and k2 in gradient: both right for KL(π‖ref), for tokens of π itself.
+
+    ℓ = k2 − sg(k2) + sg(k3); within the clamps the same as `kl_k3_score_corrected`
+
+    Example:
+      >>> logp, ref_logp = jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.5, 0.4]]))
+      >>> loss, _ = kl_k3_straight_through(logp, ref_logp, jnp.ones((1, 2), bool))
+      >>> [round(k, 4) for k in loss[0].tolist()]
+      [0.0, 0.3069]
+
+    Args, Returns and Raises: as `kl_k3`; the gradient x·∇log π has no clamp.
+
+    References:
+      `k3+` in verl, whose value_clamp is 10.
+    """
+    k3, metrics = kl_k3(logp, ref_logp, mask, value_clamp=value_clamp)
+    k2, _ = kl_k2(logp, ref_logp, mask)
+    return jax.lax.stop_gradient(k3) + (k2 - jax.lax.stop_gradient(k2)), metrics
+
+
 KL_ESTIMATORS: dict[str, Callable[..., tuple[Array, Metrics]]] = {
     "k1": kl_k1,
     "k2": kl_k2,
     "k3": kl_k3,
     "k3_corrected": kl_k3_corrected,
+    "k3_score_corrected": kl_k3_score_corrected,
+    "k3_straight_through": kl_k3_straight_through,
 }

@@ -1,5 +1,9 @@
 """Log-ratios between two policies: the one clamp of everything exponentiated, and their raw statistics."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 
@@ -14,18 +18,24 @@ from jaxrl_llm.losses.aggregation import (
     masked_sum,
 )
 
+Ratio: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Metrics]]
+"""(logp, old_logp, mask), f or bool[N, T] -> log-ratios f[N, T] or f[N, 1] (nats) and metrics."""
+
 LOG_RATIO_CLAMP = 20.0  # nats: e^20 = 4.9e8 still squares and sums within float32
 
 
-def clamp_log_ratio(d: Array, clamp: float = LOG_RATIO_CLAMP) -> tuple[Array, Array]:
-    """Clamps log-ratios of any shape to ±clamp nats and says where.
+def clamp_log_ratio(
+    d: Array, clamp: float = LOG_RATIO_CLAMP, clamp_high: float | None = None
+) -> tuple[Array, Array]:
+    """Clamps log-ratios of any shape to ±clamp nats, or from −clamp to clamp_high, and says where.
 
     Returns:
       The clamped values, with gradient 1 inside (the bound included) and 0 outside, and bool "was outside".
       A NaN stays a NaN.
     """
-    outside = jnp.abs(d) > clamp
-    return jnp.where(outside, jnp.copysign(clamp, jax.lax.stop_gradient(d)), d), outside
+    high = clamp if clamp_high is None else clamp_high
+    is_high, outside = d > high, (d > high) | (d < -clamp)
+    return jnp.where(outside, jnp.where(is_high, high, -clamp).astype(d.dtype), d), outside
 
 
 def log_ratio(
@@ -62,7 +72,13 @@ def log_ratio(
 
 
 def sequence_log_ratio(
-    logp: Array, old_logp: Array, mask: Array, *, form: str = "sequence", clamp: float = LOG_RATIO_CLAMP
+    logp: Array,
+    old_logp: Array,
+    mask: Array,
+    *,
+    form: str = "sequence",
+    clamp: float = LOG_RATIO_CLAMP,
+    clamp_high: float | None = None,
 ) -> tuple[Array, Metrics]:
     """Log-ratio of two policies per token of a whole sequence, clamped so that its exponential stays finite.
 
@@ -78,6 +94,7 @@ def sequence_log_ratio(
       logp, old_logp, mask, clamp: as `log_ratio`.
       form: "sequence", or "token": the same value at each token, but as sg(d_i) + logp − sg(logp), so that
         the gradient of a token's ratio reaches that token alone.
+      clamp_high: the upper bound (nats) where it is not `clamp`; 10 in verl, whose lower one is infinite.
 
     Returns:
       d: f[N, 1], or f[N, T] in the token form (nats); float32 or wider.
@@ -91,11 +108,83 @@ def sequence_log_ratio(
     check_same_shape(logp=logp, old_logp=old_logp, mask=mask)
     d = masked(logp, mask) - masked(jax.lax.stop_gradient(old_logp), mask)
     tokens = jnp.sum(mask, axis=1, keepdims=True, dtype=d.dtype)
-    d, outside = clamp_log_ratio(jnp.sum(d, axis=1, keepdims=True) / jnp.maximum(tokens, 1), clamp)
+    d, outside = clamp_log_ratio(
+        jnp.sum(d, axis=1, keepdims=True) / jnp.maximum(tokens, 1), clamp, clamp_high
+    )
     if form == "token":
         own = masked(logp, mask & ~outside)
         d = jax.lax.stop_gradient(d) + (own - jax.lax.stop_gradient(own))
     return d, {"clamped_ratio": masked_sum(outside, mask)}
+
+
+CLAMP_GRADIENTS = ("differentiable", "straight_through")
+
+
+def trrd_log_ratio(
+    logp: Array,
+    old_logp: Array,
+    mask: Array,
+    *,
+    teacher_logp: Array,
+    alpha: float = 0.5,
+    clamp: float = 1.0,
+    clamp_gradient: str = "differentiable",
+) -> tuple[Array, Metrics]:
+    """RLAD's trust-region ratio: the log-ratio to an anchor between the old policy and a teacher.
+
+    d = α·(log π − log π_old) + (1−α)·clip(log π − log π_teacher, −clamp, clamp)
+
+    Within the clamp e^d = π / (π_old^α · π_teacher^(1−α)). Under PPO's clip the advantage decides what is
+    imitated: where A > 0 a token the policy already gives more than the teacher does gets no gradient, and
+    one it gives less is never clipped, but weighs less. A = 0 leaves no influence to the teacher.
+
+    ∂d/∂log π = 1, and α where the clamp acts. At π = π_old the ratio is not 1 but
+    (π_old/π_teacher)^(1−α), so tokens may be clipped in the very first update.
+
+    Example:
+      >>> logp, old_logp = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.5, -1.0]])
+      >>> teacher_logp = jnp.array([[-0.5, -4.0]])  # d = (0.5 − 0.5) / 2 and (0 + min(3, 1)) / 2
+      >>> d, _ = trrd_log_ratio(logp, old_logp, jnp.ones((1, 2), bool), teacher_logp=teacher_logp)
+      >>> d.tolist()
+      [[0.0, 0.5]]
+
+    Args:
+      logp, old_logp, mask: as `log_ratio`.
+      teacher_logp: f[N, T] log-probs (nats) under the teacher; constants.
+      alpha: 1 is `log_ratio`, 0 anchors at the teacher alone. (A sentence of the paper has the direction
+        reversed; its formula and appendix are followed here.)
+      clamp: bound (nats) on the log-ratio to the teacher; inf switches it off.
+      clamp_gradient: "differentiable", the formula's own derivative, 0 beyond the clamp; or
+        "straight_through", 1 everywhere. The paper does not say which.
+
+    Returns:
+      d: f[N, T] (nats), 0 where masked, float32 or wider. The sum is held at ±20 with gradient 0 beyond.
+      metrics: shares of the tokens, `clamped_ratio` beyond ±20 and `teacher_clamped_ratio` beyond `clamp`.
+
+    Raises:
+      ValueError: shapes that differ, alpha outside [0, 1], a negative clamp or an unknown clamp_gradient.
+
+    References:
+      2602.22495; trust-region ratio distillation (TRRD).
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie in [0, 1]: 1 is the old policy alone, 0 the teacher alone")
+    if clamp < 0:
+        raise ValueError(f"clamp={clamp} must not be negative; inf for no clamp")
+    if clamp_gradient not in CLAMP_GRADIENTS:
+        raise ValueError(f"unknown clamp_gradient {clamp_gradient!r}; one of {', '.join(CLAMP_GRADIENTS)}")
+    check_same_shape(logp=logp, old_logp=old_logp, teacher_logp=teacher_logp, mask=mask)
+    own = masked(logp, mask)
+    to_old = own - masked(jax.lax.stop_gradient(old_logp), mask)
+    to_teacher = own - masked(jax.lax.stop_gradient(teacher_logp), mask)
+    to_teacher, is_far = clamp_log_ratio(to_teacher, clamp)
+    if clamp_gradient == "straight_through":
+        to_teacher = jax.lax.stop_gradient(to_teacher) + (own - jax.lax.stop_gradient(own))
+    d, outside = clamp_log_ratio(alpha * to_old + (1 - alpha) * to_teacher)
+    return d, {
+        "clamped_ratio": masked_sum(outside, mask),
+        "teacher_clamped_ratio": masked_sum(is_far, mask),
+    }
 
 
 def ratio_statistics(logp: Array, behaviour_logp: Array, mask: Array) -> Metrics:
@@ -138,3 +227,12 @@ def ratio_statistics(logp: Array, behaviour_logp: Array, mask: Array) -> Metrics
         # expm1: near d = 0 the value is d²/2, which e^d − 1 would lose to rounding
         "mismatch_kl": masked_sum(jnp.expm1(d) - d, mask),
     }
+
+
+RATIOS: dict[str, Callable[..., tuple[Array, Metrics]]] = {
+    "token": log_ratio,
+    "sequence": sequence_log_ratio,
+    "sequence_token": partial(sequence_log_ratio, form="token"),
+    "trrd": trrd_log_ratio,
+}
+"""What a surrogate's `ratio` may be, by name; "trrd" is one once its `teacher_logp` is given."""

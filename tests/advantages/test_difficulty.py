@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from jaxrl_llm.advantages import (
     ADVANTAGES,
+    baseline_bias,
+    dr_grpo,
     grpo,
     ha_dw,
     ha_dw_anchor,
@@ -92,6 +94,17 @@ def test_rewards_that_are_no_accuracies_stay_finite():
     assert jax.grad(lambda r: jnp.sum(ha_dw(r, group, anchor=r[0])[0]))(rewards).tolist() == [0] * 4
 
 
+def kept_groups(size):
+    """All groups of `size` rewards 0 and 1 with both among them: [groups, size]."""
+    return np.array([[k >> i & 1 for i in range(size)] for k in range(1, 2**size - 1)], np.float32)
+
+
+def chances(outcomes, p):
+    """Of each group, given that it is kept."""
+    weight = np.prod(np.where(outcomes > 0, p, 1 - p), axis=1)
+    return weight / weight.sum()
+
+
 @pytest.mark.parametrize("p, anchor, success", [(0.1, 0.3, True), (0.9, 0.7, False)])
 def test_weights_correct_the_bias_of_kept_groups(p, anchor, success):
     """Over all 2^8 − 2 groups of eight with a success and a failure, weighed by their probability.
@@ -99,16 +112,98 @@ def test_weights_correct_the_bias_of_kept_groups(p, anchor, success):
     The true advantage of a success at p = 0.1 is 0.9. Its mean over kept groups is
     1 − [1 + 7(p − p^7)/(1 − p^7)]/8 = 0.7875; the weights bring it nearer. p = 0.9 is the mirror image.
     """
-    outcomes = np.array([[k >> i & 1 for i in range(8)] for k in range(1, 255)], np.float32)
+    outcomes = kept_groups(8)
     rewards, group = outcomes.ravel(), np.repeat(np.arange(254), 8)
     advantages = (outcomes - outcomes.mean(1, keepdims=True)).ravel()
     weights, _ = ha_dw_weights(advantages, rewards, group, anchor=anchor, weight_scale=1.0)
-    chance = np.prod(np.where(outcomes > 0, p, 1 - p), axis=1).repeat(8) * (rewards == success)
+    chance = chances(outcomes, p).repeat(8) * (rewards == success)
     truth = success - p
     plain = np.sum(chance * advantages) / chance.sum()
     weighted = np.sum(chance * advantages * weights) / chance.sum()
     assert abs(plain) == pytest.approx(1 - (1 + 7 * (0.1 - 0.1**7) / (1 - 0.1**7)) / 8, rel=1e-5)
     assert abs(weighted - truth) < 0.5 * abs(plain - truth)
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_bias_of_the_baseline(size):
+    """Closed form against enumeration: E[p̂|kept] − p and given a success or a failure, and the tail of p̂ − p.
+
+    It is odd around ½, positive below and negative above, and smaller in larger groups. The advantages
+    themselves average to 0 over the rows of kept groups.
+    """
+    outcomes = kept_groups(size)
+    advantages, _ = dr_grpo(outcomes.ravel(), np.arange(len(outcomes)).repeat(size))
+    means = (outcomes.ravel() - np.asarray(advantages)).reshape(outcomes.shape)[:, 0]  # the baselines
+    for p in (0.05, 0.1, 0.3, 0.5, 0.7, 0.95):
+        chance = chances(outcomes, p)
+        bias = float(baseline_bias(jnp.float32(p), size))
+        assert bias == pytest.approx(chance @ means - p, abs=1e-6)
+        assert bias == pytest.approx(-float(baseline_bias(jnp.float32(1 - p), size)), abs=1e-6)
+        assert np.sign(round(bias, 6)) == np.sign(0.5 - p) and (
+            abs(bias) >= abs(float(baseline_bias(jnp.float32(p), size + 1))) - 1e-7
+        )
+        assert np.sum(chance * np.asarray(advantages).reshape(outcomes.shape).mean(1)) == pytest.approx(
+            0, abs=1e-6
+        )
+        by_outcome = [chance * np.mean(outcomes == r, axis=1) for r in (1, 0)]
+        given_success, given_failure = (weight @ means / weight.sum() for weight in by_outcome)
+        others = (size - 1) * (p - p ** (size - 1)) / (1 - p ** (size - 1)) if size > 2 else 0
+        assert given_success == pytest.approx((1 + others) / size, rel=1e-5)
+        assert given_failure == pytest.approx((size - 1) * p / (size * (1 - (1 - p) ** (size - 1))), rel=1e-5)
+        for margin in (0.01, 0.15):
+            counts = range(math.floor(size * (p + margin)) + 1, size)
+            tail = sum(math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in counts)
+            wanted = tail / (1 - (1 - p) ** size - p**size)
+            assert np.sum(chance[means - p > margin]) == pytest.approx(wanted, abs=1e-6)
+        if p < 1 / size:  # one success is already too many
+            assert np.all(means > p)
+
+
+def test_bias_by_hand():
+    """G = 2: kept groups have p̂ = ½, so the bias is ½ − p; the paper's numbers for G = 8."""
+    np.testing.assert_allclose(baseline_bias(jnp.array([0.1, 0.5, 0.8]), 2), [0.4, 0, -0.3], atol=1e-7)
+    np.testing.assert_allclose(baseline_bias(jnp.array([0.1, 0.3]), 8), [0.0756, 0.0183], atol=5e-5)
+    np.testing.assert_allclose(baseline_bias(jnp.float32(1e-6), 8), 1 / 8, rtol=1e-4)
+    with pytest.raises(ValueError, match="group_size=1"):
+        baseline_bias(jnp.float32(0.5), 1)
+
+
+def test_weights_correct_within_an_interval():
+    """λ·c is nearer the true advantage than a exactly for |λ·c − A| < |a − A|; the paper's 1.3 not always is.
+
+    With A = r − p, a = E[Â|kept, r], λ·c = E[Â·Φ|kept, r] and the anchor at p itself, 1.3 brings successes at
+    p ≤ 0.35 and failures at p ≥ 0.65 nearer, the prompts' rare outcomes, and nothing else.
+    """
+    outcomes = kept_groups(8)
+    rewards, group = outcomes.ravel(), np.arange(254).repeat(8)
+    advantages, _ = dr_grpo(rewards, group)
+    weigh = jax.jit(
+        lambda anchor, scale: ha_dw_weights(advantages, rewards, group, anchor=anchor, weight_scale=scale)[0]
+    )
+    better = {1: [], 0: []}
+    for p in np.arange(1, 20) / 20:
+        for r in (1, 0):
+            chance = np.repeat(chances(outcomes, p), 8) * (rewards == r)
+            chance /= chance.sum()
+            plain, (c, *scaled) = (
+                chance @ advantages,
+                [chance @ (advantages * weigh(p, scale)) for scale in (1.0, 1.1, 1.3, 1.5)],
+            )
+            error = abs(plain - (r - p))
+            for scale, weighted in zip((1.1, 1.3, 1.5), scaled):
+                is_inside = abs(scale * c - (r - p)) < error
+                assert is_inside == (abs(weighted - (r - p)) < error)
+            if abs(scaled[1] - (r - p)) < error:
+                better[r].append(round(p, 2))
+    assert better[1] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
+    assert better[0] == [0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+
+
+def test_weighted_advantages_do_not_add_up_to_zero():
+    """Group 3 has A = ¾ and three times −¼, hard: up·¾ − down·¾ = ¾·2·sinh ¼ with λ = 1 and the anchor ½."""
+    advantages, _ = dr_grpo(REWARDS[:4], GROUP[:4])
+    weights, _ = ha_dw_weights(advantages, REWARDS[:4], GROUP[:4], anchor=0.5, weight_scale=1.0)
+    assert float(jnp.sum(weights * advantages)) == pytest.approx(1.5 * math.sinh(0.25), rel=1e-5)
 
 
 def run(accuracies, **options):

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.advantages import ADVANTAGES, group_advantage, grpo, hacpo
+from jaxrl_llm.advantages import (
+    ADVANTAGES,
+    batch_statistics,
+    dr_grpo,
+    group_advantage,
+    grpo,
+    hacpo,
+    merge_statistics,
+    opo,
+    reinforce_plus_plus_baseline,
+)
 from jaxrl_llm.advantages.group import BASELINES, SCALES
 from jaxrl_llm.losses import finalize
 
@@ -64,7 +74,6 @@ def test_closed_forms():
 def test_names_are_settings_of_one_function():
     wanted = {"group": DEVIATION / GROUP_STD, "grpo": DEVIATION / GROUP_STD}
     wanted |= {"dr_grpo": DEVIATION, "rloo": FROM_OTHERS, "hacpo": DEVIATION / GROUP_STD}
-    assert wanted.keys() == ADVANTAGES.keys() - {"ha_dw"}  # in test_difficulty.py
     for name, values in wanted.items():
         np.testing.assert_allclose(ADVANTAGES[name](REWARDS, GROUP)[0], values, rtol=2e-6)
         # without its last row group 5 is 0 and 2: deviations ∓1, std √2, differences from the other ∓2
@@ -109,13 +118,71 @@ def test_capabilities():
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(rewards=st.lists(st.floats(-3, 3, width=32), min_size=9, max_size=9), weight=st.floats(0.1, 10))
+@given(
+    rewards=st.lists(st.floats(-3, 3, width=32, allow_subnormal=False), min_size=9, max_size=9),
+    weight=st.floats(0.1, 10),
+)
 def test_weights_of_one_and_equal_rewards(rewards, weight):
     """ω = 1 is GRPO bit by bit; a group of equal rewards gets 0 under any ω."""
     rewards, group = jnp.array(rewards), jnp.arange(9) % 3
     plain, weighted = (hacpo(rewards, group, sample_weight=w)[0] for w in (None, jnp.ones(9)))
     np.testing.assert_array_equal(plain, weighted)
     assert np.all(hacpo(rewards[group], group, sample_weight=jnp.full(9, weight))[0] == 0)
+
+
+def test_opo():
+    """Group 5: lengths 1, 3, 4 of 0, 2, 4 make (6 + 16)/8 = 2.75; group −1: 2, 6 of 1, 2 make 14/8 = 1.75."""
+    lengths, baseline = jnp.array([1, 2, 3, 6, 4]), np.where(GROUP == 5, 2.75, 1.75)
+    got, metrics = opo(REWARDS, GROUP, lengths=lengths)
+    close(got, REWARDS - baseline)
+    assert finalize(metrics)["reward"] == pytest.approx(1.8)
+    # without its last row the baseline of group 5 is 6/4; a row without a number has no length either
+    for rewards, valid in ((REWARDS, jnp.arange(5) < 4), (REWARDS.at[4].set(jnp.inf), None)):
+        close(opo(rewards, GROUP, valid, lengths=lengths)[0], [-1.5, -0.75, 0.5, 0.25, 0])
+    close(opo(REWARDS, GROUP, lengths=jnp.full(5, 7))[0], DEVIATION)
+    close(opo(REWARDS, GROUP, lengths=jnp.zeros(5, int))[0], DEVIATION)  # rows without tokens
+
+
+def test_opo_has_the_least_variance_where_gradients_grow_with_length():
+    """Of baselines b, Σ_i len_i·(r_i − b)² is smallest at OPO's: a row's squared gradient is len·(r − b)²."""
+    lengths = jnp.array([1.0, 2, 3, 6, 4])
+    advantages, _ = opo(REWARDS, GROUP, lengths=lengths)
+    spread = [float(jnp.sum(lengths * (advantages - shift) ** 2)) for shift in (-0.1, 0.0, 0.1)]
+    assert spread[1] < min(spread[0], spread[2])
+
+
+def test_reinforce_plus_plus_baseline():
+    """d = −2, −½, 0, ½, 2 over rows: variance 8.5/4. Over tokens of lengths 1, 2, 3, 2, 1, nine in all, the
+    mean is 0 and the variance (4 + ½ + ½ + 4)/8; with lengths 1, 2, 3, 2, 9 the mean is 16/17."""
+    got, _ = reinforce_plus_plus_baseline(REWARDS, GROUP, epsilon=0.5)
+    close(got, DEVIATION / ((8.5 / 4) ** 0.5 + 0.5))
+    got, _ = reinforce_plus_plus_baseline(REWARDS, GROUP, lengths=jnp.array([1, 2, 3, 2, 1]), epsilon=0.0)
+    close(got, DEVIATION / (9 / 8) ** 0.5)
+    lengths = jnp.array([1, 2, 3, 2, 9])
+    tokens = np.repeat(DEVIATION, lengths)
+    got, _ = reinforce_plus_plus_baseline(REWARDS, GROUP, lengths=lengths, epsilon=0.0)
+    close(got, (DEVIATION - 16 / 17) / tokens.std(ddof=1))
+    # the group of equal rewards counts in the mean, and gets 0
+    rewards = REWARDS.at[3].set(1.0)
+    got, _ = reinforce_plus_plus_baseline(rewards, GROUP, lengths=lengths, epsilon=0.0)
+    assert got[1] == got[3] == 0
+    tokens = np.repeat([-2, 0, 0, 0, 2], lengths)
+    close(got[2], -tokens.mean() / tokens.std(ddof=1))
+
+
+def test_batch_statistics_of_pieces():
+    """Both halves of a batch that is cut between its groups, by the statistics of the whole."""
+    pieces, lengths = [GROUP == 5, GROUP == -1], jnp.array([1, 2, 3, 2, 9])
+    deviations = [dr_grpo(REWARDS, GROUP, piece)[0] for piece in pieces]
+    total = merge_statistics(*(batch_statistics(REWARDS, piece) for piece in pieces))
+    centred = merge_statistics(*(batch_statistics(d, p, weight=lengths) for d, p in zip(deviations, pieces)))
+    for function, options, whole in [
+        (group_advantage, {"scale": "batch", "statistics": total}, {"scale": "batch"}),
+        (reinforce_plus_plus_baseline, {"statistics": centred}, {"lengths": lengths}),
+    ]:
+        wanted, _ = function(REWARDS, GROUP, **whole)
+        for piece in pieces:
+            close(function(REWARDS, GROUP, piece, **options)[0], np.where(piece, wanted, 0))
 
 
 def test_population_standard_deviation():
@@ -127,7 +194,7 @@ def test_population_standard_deviation():
 
 N = 9
 ANY_REWARD = st.one_of(
-    st.floats(-3, 3, width=32),
+    st.floats(-3, 3, width=32, allow_subnormal=False),
     st.sampled_from([0.0, 0.7, 1.0, -1e8, 1e8, 1e8 + 8, float("nan"), float("inf"), -float("inf")]),
 )
 
@@ -163,7 +230,7 @@ def test_ragged_groups_equal_a_loop_over_groups(rewards, group, valid, scale, ba
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    values=st.lists(st.floats(-1e8, 1e8, width=32), min_size=3, max_size=3),
+    values=st.lists(st.floats(-1e8, 1e8, width=32, allow_subnormal=False), min_size=3, max_size=3),
     group=st.lists(st.integers(0, 2), min_size=N, max_size=N),
     scale=st.sampled_from(SCALES),
     baseline=st.sampled_from(BASELINES),
@@ -239,5 +306,7 @@ def test_errors_name_what_is_wrong():
         group_advantage(rewards, group[:2])
     with pytest.raises(ValueError, match=r"sample_weight \(2,\)"):
         group_advantage(rewards, group, sample_weight=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"lengths \(2,\)"):
+        opo(rewards, group, lengths=jnp.ones(2))
     with pytest.raises(ValueError, match="baseline 'leave_one_out' has none"):
         group_advantage(rewards, group, sample_weight=jnp.ones(3), baseline="leave_one_out")

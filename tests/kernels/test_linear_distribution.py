@@ -18,7 +18,6 @@ from jaxrl_kernels.linear_distribution import (
     linear_kl,
     linear_top_k,
     reference,
-    top_k_forward_kl,
 )
 from jaxrl_kernels.linear_logprob import linear_logprob
 
@@ -398,122 +397,8 @@ PAIR = (HIDDEN, HEAD)
             lambda: linear_top_k(HIDDEN, HEAD, 1, mesh=four((1, 4)), vocab_axis="tensor"),
             r"V=6 is not divisible by 4",
         ),
-        (lambda: top_k_forward_kl(jnp.ones((2, 3)), jnp.ones((2, 2)), tail=True), r"\(2, 3\) .* \(2, 2\)"),
     ],
 )
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def distributions(seed, vocab, size=2.0):
-    """Logits [3, V] of a teacher and a student."""
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(3, vocab)) * size, np.float32) for _ in range(2)]
-
-
-def listed(teacher_logits, student_logits, k):
-    """Log-probs of the teacher's top k under both, and their ids."""
-    q, p = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(student_logits)
-    q_k, ids = jax.lax.top_k(q, k)
-    return q_k, jnp.take_along_axis(p, ids, axis=1), ids
-
-
-def total(tail, teacher, k):
-    """Student logits -> sum of the KLs over the teacher's top k."""
-    return lambda student: jnp.sum(top_k_forward_kl(*listed(teacher, student, k)[:2], tail=tail))
-
-
-def membership(teacher, student, k):
-    """Whether a token is in the teacher's top k, and probabilities of both."""
-    q, p = np.asarray(jax.nn.softmax(teacher)), np.asarray(jax.nn.softmax(student))
-    inside = np.zeros(q.shape, bool)
-    np.put_along_axis(inside, np.asarray(listed(teacher, student, k)[2]), True, axis=1)
-    return inside, q, p
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def tailed(teacher, student, k):
-    """The KLs with a tail, and the gradient of their sum."""
-    values = top_k_forward_kl(*listed(teacher, student, k)[:2], tail=True)
-    return values, jax.grad(total(True, teacher, k))(student)
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 999), size=st.sampled_from([0.1, 2.0, 8.0]))
-def test_kl_with_a_tail_rises_to_the_whole(seed, size):
-    """Merging events loses information: at most the whole KL, and no less with more tokens listed."""
-    vocab = 12
-    teacher, student = distributions(seed, vocab, size)
-    whole = reference.kl(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
-    values = [tailed(teacher, student, k)[0] for k in (1, 4, vocab)]
-    assert np.all(np.array(values) >= 0)
-    assert np.all(np.diff(values, axis=0) >= -1e-5)
-    np.testing.assert_allclose(values[-1], whole, rtol=1e-5, atol=1e-6)
-    wanted = jax.nn.softmax(student) - jax.nn.softmax(teacher)
-    np.testing.assert_allclose(tailed(teacher, student, vocab)[1], wanted, atol=2e-6)
-
-
-def test_gradient_with_a_tail_is_that_of_merged_events():
-    """p_u − q_u for a listed token; p_u·(1 − q̄/p̄) for another."""
-    teacher, student = distributions(0, 30)
-    inside, q, p = membership(teacher, student, 4)
-    rest, student_rest = (np.sum(np.where(inside, 0, x), axis=1, keepdims=True) for x in (q, p))
-    wanted = np.where(inside, p - q, p * (1 - rest / student_rest))
-    np.testing.assert_allclose(tailed(teacher, student, 4)[1], wanted, atol=1e-6)
-
-
-def test_small_tails_are_exact():
-    """Against float64; of one token with nearly all the mass a sum of probabilities would leave nothing."""
-    teacher = np.array([[-1e-4, -14.0], [-3e-5, -12.0], [-0.7, -0.8]])
-    student = np.array([[-4e-3, -11.0], [-2e-6, -16.0], [-0.8, -0.7]])
-    rest, student_rest = (np.log(1 - np.exp(x).sum(1)) for x in (teacher, student))
-    wanted = np.sum(np.exp(teacher) * (teacher - student), axis=1) + np.exp(rest) * (rest - student_rest)
-    run = jax.jit(functools.partial(top_k_forward_kl, tail=True))
-    found = run(jnp.asarray(teacher, np.float32), jnp.asarray(student, np.float32))
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("tail", [True, False])
-def test_tails_without_mass(tail):
-    """Both gone: nothing is added. The student's gone, or tokens that cannot be: finite."""
-    run = jax.jit(jax.value_and_grad(lambda p, q: top_k_forward_kl(q, p, tail=tail)))
-    value, gradient = run(jnp.array([-1e-7, -20.0]), jnp.array([0.0, -jnp.inf]))
-    np.testing.assert_allclose(value, 0, atol=1e-6)
-    assert np.all(np.isfinite(gradient))
-    for p, q in (([0.99, 0.01], [0.5, 0.25]), ([1e-30, 0.9], [0.5, 1e-30]), ([0.9, 1e-30], [1e-30, 0.5])):
-        value, gradient = run(jnp.log(jnp.array(p)), jnp.log(jnp.array(q)))
-        assert np.isfinite(value) and np.all(np.isfinite(gradient))
-
-
-def test_aopd_form():
-    """Least at p = q·1_S/m, m = Σ_S q, where it is m·ln m / K; and (1/V)·KL at K = V."""
-    vocab, k = 30, 4
-    teacher, student = distributions(1, vocab)
-    inside, q, p = membership(teacher, student, k)
-    listed_q = np.where(inside, q, 0)
-    mass = listed_q.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        jax.grad(total(False, teacher, k))(student), (mass * p - listed_q) / k, atol=1e-7
-    )
-
-    best = jnp.where(inside, jnp.log(q / mass), -jnp.inf)
-    np.testing.assert_allclose(total(False, teacher, k)(best), np.sum(mass * np.log(mass)) / k, rtol=1e-5)
-    whole = reference.kl(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
-    np.testing.assert_allclose(total(False, teacher, vocab)(student), np.sum(whole) / vocab, rtol=1e-5)
-
-
-def test_top_k_of_a_teacher_under_a_student():
-    """Top k of one, log-probs of the other, their KL: at k = V that of everything, with its gradient."""
-    student, teacher, _ = operands(6, 150)
-
-    def distance(head):
-        q, ids = linear_top_k(*teacher[:2], 150, bias=teacher[2])
-        return jnp.sum(top_k_forward_kl(q, linear_gather(student[0], head, ids, bias=student[2]), tail=True))
-
-    def whole(head):
-        return jnp.sum(linear_kl((student[0], head, student[2]), teacher, direction="forward"))
-
-    got, wanted = (jax.jit(jax.value_and_grad(f))(student[1]) for f in (distance, whole))
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
-    assert_close(got[1], wanted[1], 1e-5)

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses import IMPORTANCE_SAMPLING_CORRECTIONS, finalize, importance_sampling_correction
+from jaxrl_llm.losses import (
+    IMPORTANCE_SAMPLING_CORRECTIONS,
+    finalize,
+    importance_sampling_correction,
+    off_policy_sequence_mask,
+)
 
 # Token ratios; the third row has no token. Products over the rows' tokens: 0.25·1·4 = 1 and 0.5·8 = 4.
 RATIO = np.array([[0.25, 1, 4], [0.5, 8, 99], [99, 99, 99]], np.float32)
@@ -96,3 +101,41 @@ def test_bad_options_are_named():
         correction("truncate")
     with pytest.raises(ValueError, match=r"floor=0.0 and cap=0.5"):
         correction("token_mask", cap=0.5)
+
+
+# log π_behaviour − log π by token, NaN where masked; means over tokens 0.5, 1, −2 and none
+DRIFT = np.array([[0, 1, np.nan], [1, 1, 1], [-2, np.nan, -2], [np.nan] * 3], np.float32)
+
+
+def off_policy(advantages, threshold):
+    mask = ~np.isnan(DRIFT)
+    return off_policy_sequence_mask(
+        jnp.full((4, 3), -1.0), jnp.asarray(DRIFT - 1), jnp.asarray(advantages), mask, threshold=threshold
+    )
+
+
+def test_off_policy_mask_drops_bad_rows_that_are_far_away():
+    """A < 0: the second row alone is above 0.5; the first is at the bound, which is inside."""
+    weights, metrics = off_policy(-np.ones((4, 1)), 0.5)
+    assert weights.tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert finalize(metrics) == {"sampling/off_policy_masked": pytest.approx(3 / 7)}
+    assert off_policy(-np.ones((4, 1)), 0.4)[0].tolist() == [[0, 0, 1], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert np.all(off_policy(-np.ones((4, 1)), float("inf"))[0] == 1)
+
+
+def test_off_policy_mask_keeps_what_counts_in_favour():
+    """Of advantages that differ along the row, the negative ones are dropped."""
+    advantages = np.array([[-1, 1, -1], [-1, 0, 2], [-1, -1, -1], [-1, -1, -1]], np.float32)
+    weights, metrics = off_policy(advantages, 0.25)
+    assert weights.tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert finalize(metrics) == {"sampling/off_policy_masked": pytest.approx(2 / 7)}
+
+
+def test_off_policy_mask_carries_no_gradient():
+    def total(logp, behaviour_logp, a):
+        weights, _ = off_policy_sequence_mask(logp, behaviour_logp, a, MASK, threshold=0.5)
+        return jnp.sum(weights)
+
+    x = jnp.zeros((3, 3))
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(x - 1, x, x - 1):
+        assert not np.any(gradient)

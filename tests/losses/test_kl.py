@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses import KL_ESTIMATORS, finalize, kl_k3, kl_k3_corrected
+from jaxrl_llm.losses import (
+    KL_ESTIMATORS,
+    finalize,
+    kl_k3,
+    kl_k3_corrected,
+    kl_k3_score_corrected,
+    kl_k3_straight_through,
+)
 
 LOGITS = np.array([0.3, -1.2, 0.8, 2.0])
 REF_LOGITS = np.array([1.0, 0.5, -0.7, 0.4])
@@ -34,7 +41,14 @@ def forward(logits):
 
 @pytest.mark.parametrize(
     "name, gradient_of",
-    [("k1", None), ("k2", reverse), ("k3", forward), ("k3_corrected", reverse)],
+    [
+        ("k1", None),
+        ("k2", reverse),
+        ("k3", forward),
+        ("k3_corrected", reverse),
+        ("k3_score_corrected", reverse),
+        ("k3_straight_through", reverse),
+    ],
 )
 def test_expected_gradient_on_policy(name, gradient_of):
     with jax.enable_x64(True):
@@ -46,14 +60,12 @@ def test_expected_gradient_on_policy(name, gradient_of):
         assert np.max(np.abs(gradient - other)) > 0.05  # the two directions can be told apart here
 
 
-@pytest.mark.parametrize(
-    "name, is_unbiased", [("k1", True), ("k2", False), ("k3", True), ("k3_corrected", True)]
-)
-def test_expected_value_on_policy(name, is_unbiased):
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_expected_value_on_policy(name):
     with jax.enable_x64(True):
         logits = jnp.asarray(LOGITS)
         error = float(expected(name, logits, REF_LOGITS, logits) - reverse(logits))
-    assert (abs(error) < 1e-14) == is_unbiased
+    assert (abs(error) < 1e-14) == (name != "k2")
 
 
 def test_the_corrected_form_is_right_for_tokens_of_an_older_policy():
@@ -70,6 +82,43 @@ def test_the_corrected_form_is_right_for_tokens_of_an_older_policy():
             assert (np.max(np.abs(gradient - wanted_gradient)) < 1e-14) == is_right
 
 
+WEIGHTS = {
+    "k1": lambda x, d: jnp.ones_like(x),
+    "k2": lambda x, d: x,
+    "k3": lambda x, d: 1 - jnp.exp(-x),
+    "k3_corrected": lambda x, d: jnp.exp(d) * x,
+    "k3_score_corrected": lambda x, d: x,
+    "k3_straight_through": lambda x, d: x,
+}
+"""Of ∇log π in a token's gradient, by x = log π − log π_ref and d = log π − log π_old."""
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_gradient_weights(name):
+    """Of every token, and so of the expectation over tokens of an older policy."""
+    with jax.enable_x64(True):
+        logp, ref_logp, old_logp = (jax.nn.log_softmax(x)[None] for x in (LOGITS, REF_LOGITS, OLD_LOGITS))
+
+        def total(x):
+            return jnp.sum(KL_ESTIMATORS[name](x, ref_logp, jnp.ones((1, 4), bool), old_logp=old_logp)[0])
+
+        weights = WEIGHTS[name](logp - ref_logp, logp - old_logp)
+        np.testing.assert_allclose(jax.grad(total)(logp), weights, rtol=1e-13)
+        gradient = jax.grad(lambda x: expected(name, x, REF_LOGITS, OLD_LOGITS))(jnp.asarray(LOGITS))
+        weighted = jnp.exp(old_logp) * weights  # Σ_y π_old(y)·w(y)·(e_y − π)
+        wanted = weighted - jnp.sum(weighted) * jnp.exp(logp)
+        np.testing.assert_allclose(gradient, wanted[0], rtol=0, atol=1e-14)
+
+
+def test_k1_off_policy_moves_away_from_the_old_policy():
+    """Its gradient does not know the reference: it is that of −KL(π_old‖π)."""
+    with jax.enable_x64(True):
+        logits = jnp.asarray(LOGITS)
+        gradient = jax.grad(lambda x: expected("k1", x, REF_LOGITS, OLD_LOGITS))(logits)
+        wanted = jax.grad(lambda x: -kl(OLD_LOGITS, x))(logits)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-14)
+
+
 def test_closed_forms():
     """x = ln 2 (π twice the reference), −ln 2, 0, and ln 2 where masked.
 
@@ -83,6 +132,8 @@ def test_closed_forms():
         "k2": [0.240227, 0.240227, 0, 0],
         "k3": [0.193147, 0.306853, 0, 0],
         "k3_corrected": [0.579442, 0.920558, 0, 0],
+        "k3_score_corrected": [0.193147, 0.306853, 0, 0],
+        "k3_straight_through": [0.193147, 0.306853, 0, 0],
     }
     assert wanted.keys() == KL_ESTIMATORS.keys()
     for name, values in wanted.items():
@@ -99,6 +150,33 @@ def test_the_clamp_is_counted_and_has_no_gradient():
     assert finalize(metrics)["kl_clamped_ratio"] == 0.25
     gradient = jax.grad(lambda x: jnp.sum(kl_k3(x, zeros, mask)[0]))(logp)
     np.testing.assert_allclose(gradient, [[0, 1 - np.e, 0, 0]], rtol=1e-6)
+
+
+def test_the_value_clamp_is_counted_and_has_no_gradient():
+    """k3 at x = −1, −2, −3 is e − 2 = 0.718, e² − 3 = 4.389, e³ − 4 = 16.1; the clamp itself is inside."""
+    logp, zeros, mask = jnp.array([[-1.0, -2, -3, -1000]]), jnp.zeros((1, 4)), jnp.ones((1, 4), bool)
+    clamp = float(jnp.expm1(2.0) - 2.0)
+    loss, metrics = kl_k3(logp, zeros, mask, value_clamp=clamp)
+    np.testing.assert_allclose(loss, [[0.718282, clamp, clamp, clamp]], rtol=1e-5)
+    numbers = finalize(metrics)
+    assert numbers["kl_value_clamped_ratio"] == 0.5 and numbers["kl_clamped_ratio"] == 0.25
+    assert numbers["kl"] == pytest.approx((0.718282 + 3 * clamp) / 4, rel=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(kl_k3(x, zeros, mask, value_clamp=clamp)[0]))(logp)
+    np.testing.assert_allclose(gradient, [[1 - np.e, 1 - np.exp(2), 0, 0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="value_clamp=0 must be above 0"):
+        kl_k3(logp, zeros, mask, value_clamp=0)
+
+
+def test_beyond_the_clamps_the_corrected_forms_differ():
+    """x = −25: k3 = e^20 − 21 in both. The score's part of the gradient stays; straight through it is x."""
+    logp, zeros, mask = jnp.array([[-25.0]]), jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+    forms = (kl_k3_score_corrected, np.exp(20) - 21), (kl_k3_straight_through, -25)
+    for estimator, wanted in forms:
+        value, gradient = jax.value_and_grad(lambda x, f=estimator: jnp.sum(f(x, zeros, mask)[0]))(logp)
+        assert float(value) == pytest.approx(np.exp(20) - 21, rel=1e-6)
+        np.testing.assert_allclose(gradient, [[wanted]], rtol=1e-6)
+    loss, metrics = kl_k3_straight_through(logp, zeros, mask, value_clamp=10.0)
+    assert loss.tolist() == [[10.0]] and finalize(metrics)["kl_value_clamped_ratio"] == 1
 
 
 def test_either_clamp_of_the_corrected_form_is_counted():

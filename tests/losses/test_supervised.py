@@ -1,10 +1,10 @@
-"""Supervised loss and entropy bonus."""
+"""The supervised loss."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.losses import aggregate, entropy_bonus, finalize, negative_log_likelihood
+from jaxrl_llm.losses import aggregate, finalize, negative_log_likelihood
 
 
 def test_nll_is_cross_entropy():
@@ -26,18 +26,3 @@ def test_nll_is_cross_entropy():
     np.testing.assert_allclose(value, -np.log((p * one_hot).sum(-1))[mask].mean(), rtol=1e-6)
     np.testing.assert_allclose(gradient, (p - one_hot) * mask[..., None] / 3, atol=1e-6)
     np.testing.assert_allclose(finalize(metrics)["nll"], value, rtol=1e-6)
-
-
-def test_descending_the_bonus_raises_the_entropy():
-    def entropy(x):
-        return -jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x), axis=-1)
-
-    def bonus(x):
-        loss, metrics = entropy_bonus(entropy(x), jnp.ones((1, 1), bool))
-        return jnp.sum(loss), metrics
-
-    step = jax.jit(jax.value_and_grad(bonus, has_aux=True))
-    logits = jnp.array([[[2.0, 0.0, -1.0]]])
-    (loss, metrics), gradient = step(logits)
-    assert finalize(metrics)["entropy"] == float(-loss)
-    assert step(logits - 0.1 * gradient)[0][0] < loss

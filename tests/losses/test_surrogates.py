@@ -1,38 +1,35 @@
 """Closed forms of the surrogates, and what they reduce to."""
 
+import inspect
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from closed_form import NAN, rows_of, value_and_grad
 
 from jaxrl_llm.losses import (
     AGGREGATIONS,
     SURROGATES,
     aggregate,
+    aspo,
+    ce_gppo,
     cispo,
+    clip_cov,
     dgpo,
+    dppo,
     finalize,
+    gppo,
     gspo,
+    kl_cov,
+    log_ratio,
     ppo_clip,
     reinforce,
+    sapo,
+    sequence_log_ratio,
 )
-
-
-def value_and_grad(ratio, advantages, surrogate=ppo_clip, **options):
-    """Token losses and their gradient by logp, for one row with old_logp = 0 (padded to 4 tokens)."""
-    n = len(ratio)
-    logp = jnp.log(jnp.asarray(np.append(ratio, np.ones(4 - n)), jnp.result_type(float)))[None]
-    zeros, mask = jnp.zeros_like(logp), jnp.arange(4)[None] < n
-    a = jnp.asarray(np.append(advantages, np.zeros(4 - n)), logp.dtype)[None]
-
-    def total(x):
-        loss, metrics = surrogate(x, zeros, a, mask, **options)
-        return jnp.sum(loss), (loss, metrics)
-
-    gradient, (loss, metrics) = jax.grad(total, has_aux=True)(logp)
-    return np.asarray(loss)[0, :n], np.asarray(gradient)[0, :n], finalize(metrics)
+from jaxrl_llm.losses.surrogates import binary_kl
 
 
 def test_clip_in_all_four_corners():
@@ -43,7 +40,7 @@ def test_clip_in_all_four_corners():
     r = 0.5, A = −2: below 0.8, clipped           loss  1.6   gradient 0
     r = 1.5, A = −2: a bad move, not clipped      loss  3.0   gradient 3.0
     """
-    loss, gradient, metrics = value_and_grad([0.5, 1.5, 0.5, 1.5], [2, 2, -2, -2])
+    loss, gradient, metrics = value_and_grad([0.5, 1.5, 0.5, 1.5], [2, 2, -2, -2], ppo_clip)
     np.testing.assert_allclose(loss, [-1.0, -2.4, 1.6, 3.0], rtol=1e-6)
     np.testing.assert_allclose(gradient, [-1.0, 0, 0, 3.0], rtol=1e-6)
     assert metrics == {
@@ -55,7 +52,7 @@ def test_clip_in_all_four_corners():
 
 
 def test_no_clip_inside():
-    loss, gradient, metrics = value_and_grad([1.1, 0.9, 1.1, 0.9], [2, 2, -2, -2])
+    loss, gradient, metrics = value_and_grad([1.1, 0.9, 1.1, 0.9], [2, 2, -2, -2], ppo_clip)
     np.testing.assert_allclose(loss, [-2.2, -1.8, 2.2, 1.8], rtol=1e-6)
     np.testing.assert_allclose(gradient, loss, rtol=1e-6)
     assert not any(metrics.values())
@@ -63,17 +60,23 @@ def test_no_clip_inside():
 
 def test_upper_bound_of_its_own():
     """ε = 0.2, ε_high = 0.5: r = 1.4 is inside, r = 0.7 still outside."""
-    loss, gradient, _ = value_and_grad([1.4, 1.6, 0.7], [1, 1, -1], epsilon_high=0.5)
+    loss, gradient, _ = value_and_grad([1.4, 1.6, 0.7], [1, 1, -1], ppo_clip, epsilon_high=0.5)
     np.testing.assert_allclose(loss, [-1.4, -1.5, 0.8], rtol=1e-6)
     np.testing.assert_allclose(gradient, [-1.4, 0, 0], rtol=1e-6)
 
 
 def test_dual_clip_acts_on_negative_advantages_alone():
     """δ = 3, ε off: A = −1 at r = 2 has loss 2, at r = 5 no more than 3; A = +1 at r = 5 is untouched."""
-    loss, gradient, metrics = value_and_grad([2.0, 5.0, 5.0], [-1, -1, 1], epsilon=float("inf"), delta=3.0)
+    options = {"epsilon": float("inf"), "delta": 3.0}
+    loss, gradient, metrics = value_and_grad([2.0, 5.0, 5.0], [-1, -1, 1], ppo_clip, **options)
     np.testing.assert_allclose(loss, [2.0, 3.0, -5.0], rtol=1e-6)
     np.testing.assert_allclose(gradient, [2.0, 0, -5.0], rtol=1e-6)
     assert metrics["clip_ratio/dual_mean"] == pytest.approx(1 / 3)
+
+
+def as_rounded(ratios, dtype):
+    """Ratios as the surrogates see them, after log and exp."""
+    return jnp.exp(jnp.asarray(np.log(ratios), dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -81,23 +84,22 @@ def test_the_bounds_themselves_are_inside(dtype):
     """At r = 1+ε, 1−ε and δ exactly the gradient is the full −A·r, not 0 and not the half of a tie."""
     with jax.enable_x64(dtype == np.float64):
         wished = [1.25, 0.75, 3.0, 1.0]
-        high, low, dual, _ = jnp.exp(jnp.log(jnp.array(wished, dtype))).tolist()  # as exp rounds them
+        high, low, dual, _ = as_rounded(wished, dtype).tolist()
         advantages = np.array([2.0, -2.0, -2.0, 1.0])
         _, gradient, metrics = value_and_grad(
-            wished, advantages, epsilon=1 - low, epsilon_high=high - 1, delta=dual
+            wished, advantages, ppo_clip, epsilon=1 - low, epsilon_high=high - 1, delta=dual
         )
         np.testing.assert_allclose(gradient, -advantages * wished, rtol=1e-6)
         assert not any(metrics.values())
-        _, gradient, metrics = value_and_grad(
-            wished, advantages, epsilon=1 - low - 1e-6, epsilon_high=high - 1 - 1e-6, delta=dual - 1e-6
-        )
+        options = {"epsilon": 1 - low - 1e-6, "epsilon_high": high - 1 - 1e-6, "delta": dual - 1e-6}
+        _, gradient, metrics = value_and_grad(wished, advantages, ppo_clip, **options)
         assert gradient.tolist() == [0, 0, 0, -1]
         assert metrics["clip_ratio/region_mean"] == 0.5 and metrics["clip_ratio/dual_mean"] == 0.25
 
 
 def test_beyond_the_clamp_there_is_no_gradient():
     """At log-ratio +100 and A < 0 the loss is −A·e^20."""
-    loss, gradient, metrics = value_and_grad([np.exp(80), 2.0], [-1.0, -1.0])
+    loss, gradient, metrics = value_and_grad([np.exp(80), 2.0], [-1.0, -1.0], ppo_clip)
     np.testing.assert_allclose(loss, [np.exp(20), 2], rtol=1e-5)
     np.testing.assert_allclose(gradient, [0, 2], rtol=1e-6)
     assert metrics["clamped_ratio"] == 0.5
@@ -122,7 +124,7 @@ def test_on_policy_ppo_is_reinforce(options):
 
 def test_off_policy_without_clip_is_importance_weighted_reinforce():
     ratio, advantages = [0.2, 0.9, 1.7, 6.0], [1.0, -1.0, 2.0, -3.0]
-    _, gradient, _ = value_and_grad(ratio, advantages, epsilon=float("inf"))
+    _, gradient, _ = value_and_grad(ratio, advantages, ppo_clip, epsilon=float("inf"))
     np.testing.assert_allclose(gradient, -np.array(advantages) * np.array(ratio), rtol=1e-6)
 
 
@@ -132,22 +134,6 @@ def test_on_policy_every_surrogate_is_reinforce():
     for name, surrogate in SURROGATES.items():
         gradient = jax.grad(lambda x, f=surrogate: jnp.sum(f(x, x, jnp.array([[1.5]]), mask)[0]))(logp)
         np.testing.assert_allclose(gradient, [[-1.5, -1.5, -1.5, 0]], rtol=1e-6, err_msg=name)
-
-
-def rows_of(ratios, advantages, surrogate, **options):
-    """As `value_and_grad`, for rows [N, 4] of ratios; NaN is a token that does not count."""
-    ratios = np.asarray(ratios)
-    logp, a = jnp.log(jnp.asarray(ratios, jnp.float32)), jnp.asarray(advantages, jnp.float32)
-
-    def total(x):
-        loss, metrics = surrogate(x, jnp.zeros_like(x), a, ~np.isnan(ratios), **options)
-        return jnp.sum(loss), (loss, metrics)
-
-    gradient, (loss, metrics) = jax.grad(total, has_aux=True)(logp)
-    return np.asarray(loss), np.asarray(gradient), finalize(metrics)
-
-
-NAN = float("nan")
 
 
 @pytest.mark.parametrize("form", ["sequence", "token"])
@@ -214,73 +200,172 @@ def test_gspo_beyond_the_clamp(form):
     assert gradient.tolist() == [[0, 0]] and metrics["clamped_ratio"] == 1
 
 
-def test_cispo_keeps_every_gradient():
-    """Gradient −A·clip(r, 0.8, 1.4), whatever the sign of A; the value is that times log r (old_logp = 0)."""
-    ratio, a = np.array([0.5, 2.0, 0.5, 2.0]), np.array([2.0, 2.0, -2.0, -2.0])
-    weight = np.array([0.8, 1.4, 0.8, 1.4])
-    loss, gradient, metrics = value_and_grad(ratio, a, cispo, epsilon=0.2, epsilon_high=0.4)
-    np.testing.assert_allclose(gradient, -a * weight, rtol=1e-6)
-    np.testing.assert_allclose(loss, -a * weight * np.log(ratio), rtol=1e-6)
-    assert metrics == pytest.approx(
-        {"clip_ratio/low_mean": 0.5, "clip_ratio/high_mean": 0.5, "clip_ratio/region_mean": 1}
-        | {"clamped_ratio": 0}
-    )
-    _, gradient, metrics = value_and_grad(ratio, a, cispo, epsilon=float("inf"), epsilon_high=0.4)
-    np.testing.assert_allclose(gradient, -a * np.array([0.5, 1.4, 0.5, 1.4]), rtol=1e-6)
-    assert metrics["clip_ratio/low_mean"] == 0
+LOW, HIGH, DUAL = 0.75, 1.25, 3.0
+RATIOS = [1e-6, 0.1, 0.3, 0.5, 0.74, LOW, 0.9, 1.0, 1.1, HIGH, 1.26, 2.0, DUAL, 3.5, 50.0, 1e6]
 
 
-def dgpo_weight(ratio, advantage, **options):
-    """w = r̃ by its two ways: from the value −A·r̃ and from the gradient −A·w."""
-    loss, gradient, _ = value_and_grad(ratio, [advantage] * len(ratio), dgpo, **options)
-    np.testing.assert_allclose(gradient, loss, rtol=1e-6)
-    return -gradient / advantage
+def inside_or(r, a, low_weight, high_weight, inside):
+    """w of the surrogates with bounds on r: one below LOW where A < 0, one above HIGH where A > 0."""
+    return np.where((r < LOW) & (a < 0), low_weight, np.where((r > HIGH) & (a > 0), high_weight, inside))
 
 
-def test_dgpo_in_all_four_corners():
-    """ε = 0.2, ε_high = 0.5, n = 2, m = 3.
-
-    r = 0.4, A < 0: 0.4³/0.8² = 0.1         r = 12, A > 0: 12^⅔·1.5^⅓ = (144·1.5)^⅓ = 6
-    r = 0.4, A > 0 and r = 12, A < 0: r
-    """
-    options = {"epsilon_high": 0.5, "left_decay": 2, "right_decay": 3}
-    loss, gradient, metrics = value_and_grad([0.4, 12, 0.4, 12], [-1, 1, 1, -1], dgpo, **options)
-    np.testing.assert_allclose(loss, [0.1, -6, -0.4, 12], rtol=1e-6)
-    np.testing.assert_allclose(gradient, loss, rtol=1e-6)
-    assert metrics == pytest.approx(
-        {"clip_ratio/low_mean": 0.25, "clip_ratio/high_mean": 0.25, "clip_ratio/region_mean": 0.5}
-        | {"clamped_ratio": 0}
-    )
+def gate(r, tau):
+    sigmoid = 1 / (1 + np.exp(-np.clip(tau * (r - 1), None, 500)))
+    return 4 * sigmoid * (1 - sigmoid)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(n=st.floats(1, 4), m=st.floats(1.1, 8), epsilon=st.floats(0.05, 0.5), high=st.floats(0.05, 0.5))
-def test_dgpo_decays_monotonically_from_the_bounds(n, m, epsilon, high):
-    options = {"epsilon": epsilon, "epsilon_high": high, "left_decay": n, "right_decay": m}
-    low, high = 1 - epsilon, 1 + high
-    left = np.array([1e-6, 0.3, 0.9, 0.99999]) * low
-    w = dgpo_weight(left, -1.0, **options)
-    assert np.all(np.diff(w) > 0) and np.all(w <= left)
-    assert np.all(np.diff(w / left) > 0)  # of the gradient by π, for w/r is W·π_old; it goes to 0 for n ≥ 1
-    assert w[0] / left[0] < 2e-6
-    np.testing.assert_allclose(w[-1], low, rtol=1e-3)  # continuous
-    right = np.array([1.00001, 1.1, 3, 1e6]) * high
-    w = dgpo_weight(right, 1.0, **options)
-    assert np.all(np.diff(w) > 0) and np.all(np.diff(w / right) < 0)
-    np.testing.assert_allclose(w[0], high, rtol=1e-3)
+CLOSED_FORMS = {  # w(r, A) of the gradient −A·w·∇log π, as in the tables of `losses`
+    "reinforce": (reinforce, lambda r, a: np.ones_like(r)),
+    "ppo_clip": (ppo_clip, lambda r, a: inside_or(r, a, 0, 0, r)),
+    "ppo_clip dual": (
+        partial(ppo_clip, delta=DUAL),
+        lambda r, a: inside_or(r, a, 0, 0, np.where((r > DUAL) & (a < 0), 0, r)),
+    ),
+    "cispo": (cispo, lambda r, a: np.clip(r, LOW, HIGH)),
+    "dgpo": (
+        partial(dgpo, left_decay=1.5, right_decay=3.0),
+        lambda r, a: inside_or(r, a, r**2.5 / LOW**1.5, r ** (2 / 3) * HIGH ** (1 / 3), r),
+    ),
+    "gppo": (gppo, lambda r, a: inside_or(r, a, LOW, HIGH, r)),
+    "ce_gppo": (
+        partial(ce_gppo, beta1=0.5, beta2=0.9, delta=DUAL),
+        lambda r, a: inside_or(r, a, 0.5 * LOW, 0.9 * HIGH, np.where((r > DUAL) & (a < 0), 0, r)),
+    ),
+    "aspo": (
+        partial(aspo, cap=DUAL),
+        lambda r, a: inside_or(r, a, 0, 0, np.minimum(np.where(a > 0, 1 / r, r), DUAL)),
+    ),
+    "sapo": (
+        partial(sapo, temperature_pos=0.8, temperature_neg=1.3),
+        lambda r, a: gate(r, np.where(a > 0, 0.8, 1.3)) * r,
+    ),
+    "clip_cov": (lambda *x, **k: clip_cov(*x, x[3] & False, **k), lambda r, a: inside_or(r, a, 0, 0, r)),
+    "kl_cov": (lambda *x: kl_cov(*x, x[3], coefficient=0.3), lambda r, a: r - 0.3 * np.sign(np.log(r)) / a),
+}
 
 
-def test_dgpo_reduces_to_no_clip_a_constant_weight_and_the_hard_clip():
-    left, right = np.array([0.1, 0.5, 0.79]), np.array([1.21, 2.0, 50.0])
-    np.testing.assert_allclose(dgpo_weight(left, -1.0, left_decay=0), left, rtol=1e-6)
-    np.testing.assert_allclose(dgpo_weight(left[:2], -1.0, left_decay=200.0), [0, 0], atol=1e-30)
-    np.testing.assert_allclose(dgpo_weight(right, 1.0, right_decay=float("inf")), right, rtol=1e-6)
-    constant = dgpo_weight(right, 1.0, right_decay=1)
-    np.testing.assert_allclose(constant, 1.2, rtol=1e-6)
-    np.testing.assert_allclose(constant, -value_and_grad(right, [1.0] * 3, cispo)[1], rtol=1e-6)
-    for epsilon in (1.0, float("inf")):  # nothing lies below a bound of 0 or less
-        np.testing.assert_allclose(dgpo_weight(left, -1.0, epsilon=epsilon), left, rtol=1e-6)
-    np.testing.assert_allclose(dgpo_weight(right, 1.0, epsilon=float("inf")), right, rtol=1e-6)
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_closed_form_weights(name):
+    """On a grid of ratios, the bounds themselves included, and for both signs of A."""
+    surrogate, weight = CLOSED_FORMS[name]
+    with jax.enable_x64(True):
+        r = np.tile(as_rounded(RATIOS, np.float64), 2)
+        a = np.repeat([1.5, -0.5], len(RATIOS))
+        edges = {x: float(as_rounded([x], np.float64)[0]) for x in (LOW, HIGH)}
+        options = {"epsilon": 1 - edges[LOW], "epsilon_high": edges[HIGH] - 1}
+        parameters = inspect.signature(surrogate).parameters
+        is_bounded = "epsilon" in parameters or name == "clip_cov"
+        _, gradient, _ = value_and_grad(RATIOS * 2, a, surrogate, **(options if is_bounded else {}))
+        r = np.where(r == edges[LOW], LOW, np.where(r == edges[HIGH], HIGH, r))
+        np.testing.assert_allclose(gradient, -a * weight(r, a), rtol=1e-9, atol=1e-12)
+
+
+def test_every_surrogate_has_a_closed_form():
+    """Of those with a weight for each token's ratio; DPPO's, of two probabilities, is below."""
+    modules = {f.__module__ for f in (ppo_clip, dgpo)}
+    names = {name for name, function in SURROGATES.items() if function.__module__ in modules}
+    assert {name.split()[0] for name in CLOSED_FORMS} >= names - {"dppo"}
+
+
+WITH_RATIO = {
+    **{k: f for k, f in SURROGATES.items() if "ratio" in inspect.signature(f).parameters},
+    "clip_cov": lambda *x, **options: clip_cov(*x, x[2] > 0.5, **options),
+    "kl_cov": lambda *x, **options: kl_cov(*x, x[2] > 0.5, **options),
+    "dppo kl": partial(dppo, form="kl"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_RATIO)
+def test_a_ratio_per_sequence_is_that_ratio_at_every_token(name):
+    """A ratio f[N, 1] gives what its copy f[N, T] gives: loss, gradient and metrics."""
+    rng = np.random.default_rng(2)
+    logp, old_logp = -rng.uniform(0, 2, (2, 5, 6)).astype(np.float32)
+    a = rng.normal(size=(5, 6)).astype(np.float32)
+    mask = rng.random((5, 6)) > 0.4
+    mask[2] = False
+
+    def copied(*arrays):
+        d, metrics = sequence_log_ratio(*arrays)
+        return jnp.broadcast_to(d, (5, 6)), metrics
+
+    def evaluate(ratio):
+        def total(x):
+            loss, metrics = WITH_RATIO[name](x, old_logp, a, mask, ratio=ratio)
+            return jnp.sum(loss), (loss, metrics)
+
+        return jax.grad(total, has_aux=True)(logp)
+
+    gradient, (loss, metrics) = evaluate(sequence_log_ratio)
+    same_gradient, (same_loss, same_metrics) = evaluate(copied)
+    assert loss.shape == (5, 6) and np.all(loss[~mask] == 0)
+    np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, same_gradient, rtol=1e-5, atol=1e-6)
+    assert finalize(metrics) == pytest.approx(finalize(same_metrics))
+    by_token, _ = WITH_RATIO[name](logp, old_logp, a, mask, ratio=log_ratio)
+    assert not np.allclose(by_token, loss)
+
+
+def dppo_gradient(mu, pi, a, **options):
+    """Gradient by log π of single tokens [T]."""
+    logp, old_logp = (jnp.log(jnp.asarray(x, jnp.result_type(float)))[None] for x in (pi, mu))
+    a, mask = jnp.broadcast_to(jnp.asarray(a, logp.dtype), logp.shape), jnp.ones(logp.shape, bool)
+
+    def total(x):
+        loss, metrics = dppo(x, old_logp, a, mask, **options)
+        return jnp.sum(loss), metrics
+
+    gradient, metrics = jax.grad(total, has_aux=True)(logp)
+    return np.asarray(gradient)[0], finalize(metrics)
+
+
+@pytest.mark.parametrize("a", [2.0, -2.0])
+@pytest.mark.parametrize("form, low, high", [("tv", 0.1, 0.3), ("kl", 0.02, 0.2)])
+def test_dppo_closed_form(form, low, high, a):
+    """−A·r, and 0 where π has gone beyond the bound in the direction of A."""
+    mu, pi = (x.ravel() for x in np.meshgrid([0.01, 0.2, 0.5, 0.9, 0.99], [0.001, 0.15, 0.5, 0.85, 0.999]))
+    if form == "tv":
+        divergence = np.abs(pi - mu)
+    else:
+        divergence = mu * np.log(mu / pi) + (1 - mu) * np.log((1 - mu) / (1 - pi))
+    is_away = (pi > mu) & (divergence > high) if a > 0 else (pi < mu) & (divergence > low)
+    assert 0 < is_away.sum() < ((pi > mu) if a > 0 else (pi < mu)).sum()
+    options = {"form": form, "epsilon": low, "epsilon_high": high, "cap": float("inf")}
+    gradient, metrics = dppo_gradient(mu, pi, a, **options)
+    np.testing.assert_allclose(gradient, -a * np.where(is_away, 0, pi / mu), rtol=1e-5)
+    side = "high" if a > 0 else "low"
+    assert metrics[f"clip_ratio/{side}_mean"] == pytest.approx(is_away.mean())
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(is_away.mean())
+
+
+@pytest.mark.parametrize("form", ["tv", "kl"])
+def test_dppo_at_the_edges_of_probability(form):
+    """π = 1 is infinitely far from μ = 1/2 in KL, but not from a μ that differs from 1 by rounding."""
+    gradient, _ = dppo_gradient([0.5, 1 - 6e-8, 1.0], [1.0, 1.0, 1.0], 1.0, form=form)
+    np.testing.assert_allclose(gradient, [0, -1, -1], rtol=1e-6)
+    gradient, _ = dppo_gradient([1.0, 1.0, 1.0], [0.5, 1 - 6e-8, 1.0], -1.0, form=form)
+    np.testing.assert_allclose(gradient, [0, 1, 1], rtol=1e-6)
+
+
+def test_binary_kl_is_no_smaller_than_zero_and_zero_at_equality():
+    p = np.array([1e-30, 1e-6, 0.3, 0.5, 1 - 1e-6, 1])
+    logp, other_logp = np.log(np.meshgrid(p, p)).astype(np.float32)
+    kl = np.asarray(binary_kl(jnp.asarray(logp), jnp.asarray(other_logp)))
+    assert np.all(np.isfinite(kl)) and np.all(kl >= -1e-12) and np.all(np.diag(kl) == 0)
+
+
+def test_the_bound_of_dppo_itself_is_inside():
+    mu, pi = [0.25, 0.5], [0.5, 0.25]
+    distance = float(jnp.abs(jnp.exp(jnp.log(0.5)) - jnp.exp(jnp.log(0.25))))
+    a = [1.0, -1.0]
+    np.testing.assert_allclose(dppo_gradient(mu, pi, a, epsilon=distance)[0], [-2, 0.5], rtol=1e-6)
+    assert np.all(dppo_gradient(mu, pi, a, epsilon=distance - 1e-6)[0] == 0)
+
+
+def test_dppo_caps_the_weight():
+    """r = 8 and 2 under a cap of 4, with tokens too rare for the bound to matter."""
+    gradient, metrics = dppo_gradient([1e-4, 1e-4], [8e-4, 2e-4], [1.0, -1.0], cap=4.0)
+    np.testing.assert_allclose(gradient, [-4, 2], rtol=1e-5)
+    assert metrics["truncated_ratio"] == 0.5 and metrics["clip_ratio/region_mean"] == 0
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -312,6 +397,18 @@ def test_advantages_of_rows_are_those_of_their_tokens(name):
         (dgpo, {"epsilon": -0.1}, "epsilon=-0.1"),
         (dgpo, {"left_decay": -0.5}, "left_decay=-0.5"),
         (dgpo, {"right_decay": 0.5}, "right_decay=0.5"),
+        (gppo, {"epsilon": -0.1}, "epsilon=-0.1"),
+        (ce_gppo, {"beta1": -0.5}, "beta1=-0.5"),
+        (ce_gppo, {"beta2": -0.5}, "beta2=-0.5"),
+        (ce_gppo, {"delta": 0.9}, "delta=0.9"),
+        (aspo, {"epsilon_high": -1.0}, "epsilon_high=-1.0"),
+        (aspo, {"cap": 0.5}, "cap=0.5"),
+        (sapo, {"temperature_pos": 0.0}, "temperature_pos=0.0"),
+        (sapo, {"temperature_neg": -1.0}, "temperature_neg=-1.0"),
+        (dppo, {"form": "js"}, "form 'js'; one of tv, kl"),
+        (dppo, {"epsilon": -0.1}, "epsilon=-0.1"),
+        (dppo, {"epsilon_high": -0.1}, "epsilon_high=-0.1"),
+        (dppo, {"cap": 0.5}, "cap=0.5"),
     ],
 )
 def test_bad_options_are_named(surrogate, options, message):

@@ -8,7 +8,6 @@ from jaxrl_kernels.linear_distribution.api import (
     linear_kl,
     linear_top_k,
 )
-from jaxrl_kernels.linear_distribution.top_k import top_k_forward_kl
 
 __all__ = [
     "Collision",
@@ -17,5 +16,4 @@ __all__ = [
     "linear_jsd",
     "linear_kl",
     "linear_top_k",
-    "top_k_forward_kl",
 ]
