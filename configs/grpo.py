@@ -8,14 +8,18 @@
 `prompt`, a string or a list of messages; its other columns reach the reward function, which has TRL's
 signature, f(prompts, completions, completion_ids, **columns) -> list of floats, or verl's. The trained model
 is left as a Hugging Face folder in runs/mine/export. The same command resumes an interrupted run.
+
+`configs/grpo.py:path/to/model,verl-0.9/gspo` takes the loss and the advantage of another library's method, or
+of a paper (`losses.PRESETS` lists them: trl-1.16, verl-0.9, tunix-0.1.7, paper).
 """
 
 from ml_collections import ConfigDict
 
-from jaxrl_llm.training.config import default
+from jaxrl_llm.training.config import default, use_preset
 
 
-def get_config(model: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+    model, _, preset = arg.partition(",")
     c = default()
     c.model.path = model
     c.model.compute_dtype = "bfloat16"
@@ -38,4 +42,7 @@ def get_config(model: str = "") -> ConfigDict:
     c.optimizer.warmup_steps = 10
     c.loss.epsilon_high = 0.28
     c.loss.importance_sampling_correction = "token_truncate"
+    if preset:
+        c.loss.epsilon_high = None
+        use_preset(c, *preset.rsplit("/", 1))
     return c

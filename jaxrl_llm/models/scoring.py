@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.linear_distribution import linear_collision
 from jaxrl_kernels.linear_logprob import linear_logprob
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
@@ -15,10 +16,17 @@ Array = jax.Array
 
 
 class Scores(NamedTuple):
-    """f32[N, T] each, in nats; 0 where not asked for. `logp[:, t]` is that of token t given those before."""
+    """f32[N, T] each, 0 where not asked for: of token t given those before it, at `[:, t]`.
+
+    Attributes:
+      logp, entropy: nats.
+      covariance: Σπ²·(log π + H), which says how a step on a token changes the entropy; without a gradient,
+        and None unless it was asked for.
+    """
 
     logp: Array
     entropy: Array
+    covariance: Array | None = None
 
 
 def score(
@@ -34,6 +42,7 @@ def score(
     dtype: Any = jnp.float32,
     remat: str = "none",
     rules: ShardingRules | None = None,
+    collision: bool = False,
 ) -> Scores:
     """Scores the tokens under `mask`; the vocabulary matrix is applied at those positions alone.
 
@@ -43,6 +52,7 @@ def score(
       temperature: scalar or f32[N].
       max_targets: at least the largest number of masked tokens in a row (static); None = T - 1. Fewer
         means less work: the head is applied to N·max_targets positions.
+      collision: whether `Scores.covariance` is wanted; it takes another pass over the vocabulary.
 
     Returns:
       `Scores`.
@@ -63,7 +73,7 @@ def score(
     # a stable sort of "not wanted" lists each row's wanted columns first, in order
     columns = jnp.argsort(~wanted, axis=1, stable=True)[:, :size]
     picked = jnp.take_along_axis(hidden[:, :-1], columns[:, :, None], axis=1)
-    return _scores(params, picked, tokens, mask, columns + 1, cfg, temperature, rules)
+    return _scores(params, picked, tokens, mask, columns + 1, cfg, temperature, rules, collision)
 
 
 def score_groups(
@@ -79,13 +89,14 @@ def score_groups(
     dtype: Any = jnp.float32,
     remat: str = "none",
     rules: ShardingRules | None = None,
+    collision: bool = False,
 ) -> Scores:
     """`score` of rows that begin with a common prompt, which is computed once for all of them.
 
     The prompt of consecutive rows is what they have in common before the first masked token of any.
 
     Args:
-      params, tokens i32[N, T], mask, cfg, temperature, dtype, remat, rules: as `score`.
+      params, tokens i32[N, T], mask, cfg, temperature, dtype, remat, rules, collision: as `score`.
       group_size: G dividing N; rows i·G to i·G + G - 1 share a prompt.
       max_prompt_length: P, at least the length of every prompt.
       max_completion_length: C; masked tokens stand among the C that follow the prompt.
@@ -106,9 +117,9 @@ def score_groups(
     )
     last = jnp.repeat(prompt[:, -1:], group_size, axis=0)
     hidden = jnp.concatenate([last, hidden[:, :-1]], axis=1)  # what predicts each token stands before it
-    scores = _scores(params, hidden, tokens, mask, columns, cfg, temperature, rules)
+    scores = _scores(params, hidden, tokens, mask, columns, cfg, temperature, rules, collision)
     reached = jnp.sum(mask) == jnp.sum(mask & (jnp.arange(width) <= columns[:, -1:]))
-    return Scores(*(jnp.where(reached, x, jnp.nan) for x in scores))
+    return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), scores)
 
 
 def _scores(
@@ -120,20 +131,21 @@ def _scores(
     cfg: ModelConfig,
     temperature: Array | float,
     rules: ShardingRules | None,
+    collision: bool,
 ) -> Scores:
     """Scores of the tokens in `columns` i32[N, C] (no two alike) from the states f[N, C, D] before them."""
     (rows, width), size = tokens.shape, columns.shape[1]
     inside = jnp.minimum(columns, width - 1)
     kept = jnp.take_along_axis(mask, inside, axis=1)
-    stats = linear_logprob(
-        hidden.reshape(rows * size, -1),
-        transformer.head(params),
-        jnp.take_along_axis(tokens, inside, axis=1).reshape(-1),
-        temperature=jnp.repeat(jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), rows), size),
-        softcap=cfg.logit_softcap,
-        active=kept.reshape(-1),
+    predictors = hidden.reshape(rows * size, -1), transformer.head(params)
+    options: dict[str, Any] = {
+        "temperature": jnp.repeat(jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), rows), size),
+        "softcap": cfg.logit_softcap,
+        "active": kept.reshape(-1),
         **_mesh_axes(rules),
-    )
+    }
+    targets = jnp.take_along_axis(tokens, inside, axis=1).reshape(-1)
+    stats = linear_logprob(*predictors, targets, **options)
     index = jnp.arange(rows)[:, None]
 
     def place(x: Array) -> Array:
@@ -141,7 +153,8 @@ def _scores(
         placed = jnp.zeros((rows, width), x.dtype)
         return placed.at[index, columns].set(values, mode="drop", unique_indices=True)
 
-    return Scores(place(stats.logp), place(stats.entropy))
+    covariance = place(linear_collision(*predictors, **options).covariance) if collision else None
+    return Scores(place(stats.logp), place(stats.entropy), covariance)
 
 
 def _mesh_axes(rules: ShardingRules | None) -> dict[str, Any]:

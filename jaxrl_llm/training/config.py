@@ -8,8 +8,18 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxrl_llm.advantages import ADVANTAGES
-from jaxrl_llm.losses import AGGREGATIONS, IMPORTANCE_SAMPLING_CORRECTIONS, KL_ESTIMATORS, SURROGATES
+from jaxrl_llm.advantages import ADVANTAGES, MODULATIONS
+from jaxrl_llm.losses import (
+    AGGREGATIONS,
+    AUXILIARY,
+    IMPORTANCE_SAMPLING_CORRECTIONS,
+    KL_ESTIMATORS,
+    PRESETS,
+    RATIOS,
+    SURROGATES,
+    Objective,
+    policy_objective,
+)
 from jaxrl_llm.models.transformer import REMAT
 
 
@@ -81,17 +91,24 @@ def default() -> ConfigDict:
     c.advantage.name = "group"  # of advantages.ADVANTAGES, or a dotted path
     c.advantage.scale_rewards = "group"  # group, batch, none
     c.advantage.epsilon = 1e-6
+    c.advantage.options = ConfigDict()  # further keywords of the function
+    c.advantage.modulation = ""  # of advantages.MODULATIONS: DynaMO's token factors; empty = none
 
     c.loss = ConfigDict()
     c.loss.surrogate = "ppo_clip"  # of losses.SURROGATES, or a dotted path
-    c.loss.epsilon = 0.2
-    c.loss.epsilon_high = config_dict.placeholder(float)  # None = epsilon
+    c.loss.epsilon = config_dict.placeholder(float)  # None = the surrogate's own: 0.2 of ppo_clip
+    c.loss.epsilon_high = config_dict.placeholder(float)  # None = epsilon; without epsilon its own too
     c.loss.delta = config_dict.placeholder(float)  # dual clip; None = off
     c.loss.options = ConfigDict()  # further keywords of the surrogate
+    c.loss.ratio = ""  # of losses.RATIOS, or a dotted path; empty = the surrogate's own
+    c.loss.ratio_options = ConfigDict()
     c.loss.beta = 0.0  # weight of the KL to the reference model; 0 = no reference model
     c.loss.kl_estimator = "k3"
+    c.loss.kl_options = ConfigDict()
     c.loss.entropy_coef = 0.0
+    c.loss.auxiliary = ConfigDict()  # coefficients of further losses, of losses.AUXILIARY or dotted paths
     c.loss.loss_aggregation = "token_mean"
+    c.loss.count_empty = False  # whether rows without a token count in means over rows
     c.loss.importance_sampling_correction = "none"
     c.loss.importance_sampling_cap = 2.0
     c.loss.importance_sampling_floor = 0.0
@@ -181,6 +198,75 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
     return {key: value for key, value in options.items() if key in names}
 
 
+def use_preset(c: ConfigDict, preset: str, method: str) -> None:
+    """Sets `c.loss` and `c.advantage` to what another library, or the paper, does (`losses.PRESETS`).
+
+    Example:
+      >>> c = default()
+      >>> use_preset(c, "verl-0.9", "gspo")
+      >>> c.loss.surrogate, c.loss.ratio, c.loss.loss_aggregation
+      ('ppo_clip', 'sequence_token', 'token_mean')
+
+    Raises:
+      ValueError: an unknown preset or method, or one that takes more than a config can say.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    methods = PRESETS[preset]
+    if method not in methods:
+        known = ", ".join(methods) + nearest(method, methods)
+        raise ValueError(f"preset {preset!r} has no method {method!r}; one of {known}")
+    objective, advantage = methods[method]["objective"], dict(methods[method]["advantage"])
+    name = advantage.pop("name")
+    if not isinstance(objective["surrogate"], str) or name not in ADVANTAGES:
+        raise ValueError(
+            f"{method!r} of {preset!r} needs arrays that this training loop does not make: call "
+            f"losses.policy_objective(**losses.PRESETS[{preset!r}][{method!r}]['objective']) yourself"
+        )
+    c.loss.surrogate = objective["surrogate"]
+    c.loss.options = ConfigDict(objective["surrogate_options"])
+    c.loss.ratio = objective.get("ratio", "")
+    c.loss.ratio_options = ConfigDict(objective.get("ratio_options", {}))
+    for estimator, coefficient in objective.get("auxiliary", {}).items():  # one at most
+        c.loss.kl_estimator, c.loss.beta = estimator, coefficient
+        c.loss.kl_options = ConfigDict(objective.get("auxiliary_options", {}).get(estimator, {}))
+    c.loss.loss_aggregation = objective["aggregation"]
+    c.loss.count_empty = objective.get("count_empty", False)
+    c.advantage.name = name
+    c.advantage.scale_rewards = advantage.pop("scale", "group")
+    c.advantage.epsilon = advantage.pop("epsilon", c.advantage.epsilon)
+    c.advantage.options = ConfigDict(advantage)
+
+
+def make_objective(c: ConfigDict) -> Objective:
+    """The policy objective that the config describes.
+
+    Raises:
+      ValueError: a name, an option or a combination that does not exist.
+    """
+    surrogate = lookup(c.loss.surrogate, SURROGATES)
+    options = {"delta": c.loss.delta, "epsilon_high": c.loss.epsilon_high, "epsilon": c.loss.epsilon}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "epsilon" in options:  # what the surrogate has for its upper bound belongs to its own lower bound
+        options.setdefault("epsilon_high", None)
+    correction = c.loss.importance_sampling_correction
+    limits = {"cap": c.loss.importance_sampling_cap, "floor": c.loss.importance_sampling_floor}
+    auxiliary = {"entropy": c.loss.entropy_coef, c.loss.kl_estimator: c.loss.beta}
+    return policy_objective(
+        surrogate=surrogate,
+        surrogate_options=accepted(surrogate, options) | c.loss.options.to_dict(),
+        ratio=lookup(c.loss.ratio, RATIOS) if c.loss.ratio else None,
+        ratio_options=c.loss.ratio_options.to_dict(),
+        correction=correction,
+        correction_options=limits if correction != "none" else {},
+        auxiliary=auxiliary | {lookup(k, AUXILIARY): v for k, v in c.loss.auxiliary.items()},
+        auxiliary_options={c.loss.kl_estimator: c.loss.kl_options.to_dict()},
+        aggregation=c.loss.loss_aggregation,
+        norm=c.rollout.max_completion_length,
+        count_empty=c.loss.count_empty,
+    )
+
+
 def _one_of(errors: list[str], key: str, value: str, choices: Any) -> None:
     if value not in choices:
         errors.append(f"{key}={value!r}: one of {', '.join(choices)}{nearest(value, choices)}")
@@ -198,6 +284,7 @@ def check(c: ConfigDict) -> None:
         ("loss.importance_sampling_correction", IMPORTANCE_SAMPLING_CORRECTIONS),
         ("loss.kl_estimator", KL_ESTIMATORS),
         ("advantage.scale_rewards", ("group", "batch", "none")),
+        ("advantage.modulation", ("", *MODULATIONS)),
         ("rollout.on_degenerate", ("train", "skip", "fail")),
         ("data.overlong_prompts", ("drop", "error")),
         ("model.remat", REMAT),
@@ -254,12 +341,12 @@ def check(c: ConfigDict) -> None:
             errors.append(f"{key}={_get(c, key)}: above 0 and at most 1 (1 = off)")
     if not 0 <= c.rollout.min_p < 1:
         errors.append(f"rollout.min_p={c.rollout.min_p}: at least 0 (off) and below 1")
-    for name, table, key in (
-        (c.loss.surrogate, SURROGATES, "loss.surrogate"),
-        (c.advantage.name, ADVANTAGES, "advantage.name"),
+    for key, build in (
+        ("loss", lambda: errors or make_objective(c)),
+        ("advantage.name", lambda: lookup(c.advantage.name, ADVANTAGES)),
     ):
         try:
-            lookup(name, table)
+            build()
         except ValueError as error:
             errors.append(f"{key}: {error}")
     if c.rollout.temperature <= 0 and c.num_steps:

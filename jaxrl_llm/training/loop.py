@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrl_llm.advantages import TRACKED
 from jaxrl_llm.data.order import Cursor
 from jaxrl_llm.data.rows import MalformedRow
 from jaxrl_llm.losses import Metrics, finalize, merge
@@ -41,6 +42,7 @@ from jaxrl_llm.training.stages import (
     Host,
     compute_advantages,
     draw,
+    modulate,
     narrow,
     next_examples,
     rollout_metrics,
@@ -174,7 +176,14 @@ def specs_of(job: Job) -> Tree:
 
 def placed_state(job: Job, optimizer: optax.GradientTransformation) -> Any:
     """Where the state's arrays live."""
-    return state_shardings(specs_of(job), optimizer, job.mesh, job.rules or ShardingRules())
+    rules = job.rules or ShardingRules()
+    return state_shardings(specs_of(job), optimizer, job.mesh, rules, first_tracker(job))
+
+
+def first_tracker(job: Job) -> Any:
+    """What the config's advantage remembers before the first batch; () if it remembers nothing."""
+    name = job.config.advantage.name
+    return TRACKED[name].init() if name in TRACKED else ()
 
 
 def reference_params(job: Job, state: TrainState, folder: Path) -> Tree:
@@ -210,11 +219,11 @@ def start(
     latest = checkpoints.latest()
     if latest is None:
         first = supervised if c.supervised.num_steps else rl
-        state = init_state(initial_params(job), first, placed_state(job, first))
+        state = init_state(initial_params(job), first, placed_state(job, first), first_tracker(job))
         return state, Host(0, Cursor(c.seed), Cursor(c.seed + 1)), None
     # a checkpoint at the border of the stages already has the optimizer of the next one
     optimizer = supervised if latest < c.supervised.num_steps else rl
-    abstract = abstract_state(specs_of(job), optimizer, placed_state(job, optimizer))
+    abstract = abstract_state(specs_of(job), optimizer, placed_state(job, optimizer), first_tracker(job))
     check_config(checkpoints.host(latest)["config"], c.to_dict(), ignore=MAY_CHANGE)
     state, saved = checkpoints.restore(abstract, latest)
     return state, Host.load(saved["host"]), latest
@@ -353,7 +362,9 @@ def run(job: Job, workdir: Path) -> None:
                     numbers["num_tokens"] = float(host.num_tokens)
                     numbers["step_time"] = sum(timings.values())
                     if host.step + 1 == rl_begins:  # RL starts with an optimizer of its own
-                        state = init_state(state.params, optimizers[1], placed_state(job, optimizers[1]))
+                        state = init_state(
+                            state.params, optimizers[1], placed_state(job, optimizers[1]), state.tracker
+                        )
                     finish_step(numbers)
                     tick(host.step, {k: numbers[k] for k in SHOWN if k in numbers})
         elif host.step == 0 and restored is None:
@@ -372,7 +383,12 @@ def run(job: Job, workdir: Path) -> None:
                 schedule(c.optimizer, updates),
                 pieces=num_pieces(c.train, rows // c.train.num_minibatches),
             )
-            logp = make_scorer(score, pieces=num_pieces(c.train, rows))
+            modulation = c.advantage.modulation
+            pieces = num_pieces(c.train, rows)
+            scores = make_scorer(score, pieces=pieces)
+            own_scores = scores
+            if modulation:
+                own_scores = make_scorer(policy_scorer(c, job.cfg, job.rules, collision=True), pieces=pieces)
             is_corrected = c.loss.importance_sampling_correction != "none"
             assert pool is not None
             with progress(total=c.num_steps, title="RL", start=host.step - rl_begins) as tick:
@@ -393,15 +409,22 @@ def run(job: Job, workdir: Path) -> None:
                         tick(host.step - rl_begins, {})
                         continue
                     with timed(timings, "advantage"):
-                        advantages, metrics = compute_advantages(job, scored)
+                        advantages, tracker, metrics = compute_advantages(job, scored, state.tracker)
+                        state = dataclasses.replace(state, tracker=tracker)
                         batch = narrow(job, scored, advantages)
-                    if is_corrected or reference is not None:
+                    if is_corrected or modulation or reference is not None:
                         with timed(timings, "score"):
-                            batch = dataclasses.replace(
-                                batch,
-                                old_logp=logp(state.params, batch.trajectories) if is_corrected else None,
-                                ref_logp=None if reference is None else logp(reference, batch.trajectories),
-                            )
+                            if is_corrected or modulation:
+                                now = own_scores(state.params, batch.trajectories)
+                            if is_corrected:
+                                batch = dataclasses.replace(batch, old_logp=now.logp)
+                            if modulation:
+                                factored, more = modulate(batch, now, modulation)
+                                batch = dataclasses.replace(batch, advantages=factored)
+                                metrics |= more
+                            if reference is not None:
+                                ref_logp = scores(reference, batch.trajectories).logp
+                                batch = dataclasses.replace(batch, ref_logp=ref_logp)
                     with timed(timings, "update"):
                         state, more = learn(job, state, batch, update, host.step)
                         numbers = finalize(metrics | more) | rollout_metrics(job, scored)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.advantages import ADVANTAGES
+from jaxrl_llm.advantages import (
+    ADVANTAGES,
+    MODULATIONS,
+    TRACKED,
+    entropy_change,
+    modulation_extremes,
+    modulation_weights,
+)
 from jaxrl_llm.data.order import Cursor, take
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
 from jaxrl_llm.data.rows import prompt_text
 from jaxrl_llm.data.supervised import Example, encode_supervised, pack
 from jaxrl_llm.losses import Metrics, WeightedSum
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.rewards.pool import RewardPool, Scores
+from jaxrl_llm.models.scoring import Scores
+from jaxrl_llm.rewards.pool import RewardPool
+from jaxrl_llm.rewards.pool import Scores as RewardScores
 from jaxrl_llm.rollouts.single_turn import Rollout, rollout
 from jaxrl_llm.training.config import accepted, lookup
 from jaxrl_llm.training.groups import Scored
@@ -113,7 +123,7 @@ def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBat
 
 def draw(
     job: Job, host: Host, prepared: Tree, pool: RewardPool, version: int, timings: dict[str, float]
-) -> tuple[Rollout, np.ndarray, Scores]:
+) -> tuple[Rollout, np.ndarray, RewardScores]:
     """Prompts → rollout → rewards."""
     c = job.config.rollout
     with timed(timings, "prompts"):
@@ -136,17 +146,40 @@ def draw(
     return out, total, scores
 
 
-def compute_advantages(job: Job, scored: Scored) -> tuple[jax.Array, Metrics]:
-    """Total rewards → advantages f32[N]; rows that some reward function failed on are left out."""
+def compute_advantages(job: Job, scored: Scored, tracker: Any) -> tuple[jax.Array, Any, Metrics]:
+    """Total rewards → advantages f32[N]; rows that some reward function failed on are left out.
+
+    Returns:
+      Advantages, what the advantage remembers after this batch (`TrainState.tracker`), and metrics.
+    """
     c = job.config.advantage
-    function = lookup(c.name, ADVANTAGES)
-    options = accepted(function, {"scale": c.scale_rewards, "epsilon": c.epsilon})
+    t = scored.rollout.trajectories
     usable = scored.valid & ~scored.failed & np.isfinite(scored.total)
-    group = scored.rollout.trajectories.group
-    advantages, metrics = function(jnp.asarray(scored.total), group, jnp.asarray(usable), **options)
+    arguments = jnp.asarray(scored.total), t.group, jnp.asarray(usable)
+    known = {"scale": c.scale_rewards, "epsilon": c.epsilon, "lengths": t.completion_lengths}
+    if c.name in TRACKED:
+        advantages, tracker, metrics = TRACKED[c.name].step(tracker, *arguments, **c.options.to_dict())
+    else:
+        function = lookup(c.name, ADVANTAGES)
+        advantages, metrics = function(*arguments, **accepted(function, known) | c.options.to_dict())
     # the function is shown usable rows alone, so it cannot count the others
     lost = WeightedSum(jnp.float32(np.sum(scored.valid & ~usable)), jnp.float32(np.sum(scored.valid)))
-    return advantages, metrics | {"nonfinite_rewards": lost}
+    return advantages, tracker, metrics | {"nonfinite_rewards": lost}
+
+
+@partial(jax.jit, static_argnames=("name",))
+def modulate(batch: PolicyBatch, scores: Scores, name: str) -> tuple[jax.Array, Metrics]:
+    """Advantages f32[N, T] times DynaMO's token factors, from the scores of the params that sampled.
+
+    The released code works them out anew at every update on the batch; after the first one they would differ.
+    """
+    advantages, mask = batch.advantages[:, None], batch.trajectories.action_mask
+    change, _ = entropy_change(scores.logp, scores.logp, advantages, mask, scores.entropy, scores.covariance)
+    extremes = modulation_extremes(scores.entropy, change, mask)
+    weights, metrics = modulation_weights(
+        advantages, scores.entropy, change, mask, extremes, **MODULATIONS[name]
+    )
+    return advantages * weights, metrics
 
 
 def trained_rows(job: Job, scored: Scored) -> np.ndarray:

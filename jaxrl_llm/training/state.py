@@ -27,6 +27,7 @@ class TrainState:
       version: i32 scalar, updates made to the params.
       nonfinite: i32 scalar, updates skipped in a row because loss or gradient was NaN or infinite.
       skipped: i32 scalar, updates skipped in all.
+      tracker: what the advantage remembers of earlier batches (`advantages.TRACKED`); () for most.
     """
 
     params: Tree
@@ -34,6 +35,7 @@ class TrainState:
     version: Array
     nonfinite: Array
     skipped: Array
+    tracker: Any = ()
 
 
 def schedule(c: ConfigDict, num_updates: int) -> optax.Schedule:
@@ -66,7 +68,7 @@ def make_optimizer(c: ConfigDict, num_updates: int) -> optax.GradientTransformat
 
 
 def state_shardings(
-    specs: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, rules: ShardingRules
+    specs: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, rules: ShardingRules, tracker: Any = ()
 ) -> Any:
     """A `TrainState` of shardings: what has a param's shape lies as the param does."""
     placed = shardings(specs, mesh, rules)
@@ -81,29 +83,36 @@ def state_shardings(
         version=whole,
         nonfinite=whole,
         skipped=whole,
+        tracker=jax.tree.map(lambda _: whole, tracker),
     )
 
 
-def init_state(params: Tree, optimizer: optax.GradientTransformation, placed: Any) -> TrainState:
+def _fresh(params: Tree, optimizer: optax.GradientTransformation, tracker: Any) -> TrainState:
+    # one array each: the state is donated, and one buffer cannot be given away three times
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        version=jnp.zeros((), jnp.int32),
+        nonfinite=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        tracker=jax.tree.map(jnp.array, tracker),
+    )
+
+
+def init_state(
+    params: Tree, optimizer: optax.GradientTransformation, placed: Any, tracker: Any = ()
+) -> TrainState:
     """A fresh state around `params`, laid out as `placed` (from `state_shardings`) says."""
 
     def init(params: Tree) -> TrainState:
-        # one array each: the state is donated, and one buffer cannot be given away three times
-        return TrainState(
-            params=params,
-            opt_state=optimizer.init(params),
-            version=jnp.zeros((), jnp.int32),
-            nonfinite=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-        )
+        return _fresh(params, optimizer, tracker)
 
     return jax.jit(init, out_shardings=placed)(params)
 
 
-def abstract_state(specs: Tree, optimizer: optax.GradientTransformation, placed: Any) -> TrainState:
+def abstract_state(
+    specs: Tree, optimizer: optax.GradientTransformation, placed: Any, tracker: Any = ()
+) -> TrainState:
     """Shapes and shardings of the state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(
-        lambda p: TrainState(p, optimizer.init(p), *(jnp.zeros((), jnp.int32) for _ in range(3))),
-        params_lib.abstract(specs),
-    )
+    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer, tracker), params_lib.abstract(specs))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)

@@ -16,8 +16,6 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxrl_llm.losses import (
-    KL_ESTIMATORS,
-    SURROGATES,
     Max,
     Metric,
     Metrics,
@@ -33,7 +31,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.models.scoring import Scores, score, score_groups
 from jaxrl_llm.parallel.sharding import ShardingRules, num_shards
-from jaxrl_llm.training.config import accepted, lookup
+from jaxrl_llm.training.config import make_objective
 from jaxrl_llm.training.state import TrainState
 from jaxrl_llm.trajectory import Trajectories
 
@@ -49,7 +47,7 @@ class PolicyBatch:
 
     Attributes:
       trajectories: the rows; `action_mask` says which tokens count.
-      advantages: f32[N].
+      advantages: f32[N], or f32[N, T] where they differ along a row.
       old_logp: f32[N, T] log-probs (nats) by the trainer's own forward pass for the params that sampled;
         None = the sampler's `behaviour_logp`.
       ref_logp: f32[N, T] tempered log-probs (nats) under the reference model; None without one.
@@ -79,7 +77,7 @@ def scorer(c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None) -> Call
 
 
 def policy_scorer(
-    c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None
+    c: ConfigDict, cfg: ModelConfig, rules: ShardingRules | None, *, collision: bool = False
 ) -> Callable[[Tree, Trajectories], Scores]:
     """Tempered log-probs and entropies of the action tokens of rows in groups that share a prompt.
 
@@ -90,6 +88,7 @@ def policy_scorer(
         "dtype": jnp.dtype(c.model.compute_dtype),
         "remat": c.model.remat,
         "rules": rules,
+        "collision": collision,
     }
 
     def scores(params: Tree, t: Trajectories) -> Scores:
@@ -123,11 +122,9 @@ def shared(rows: int, group_size: int, rules: ShardingRules | None) -> int:
 
 
 def policy_loss(c: ConfigDict, score: Callable[[Tree, Trajectories], Scores]) -> Loss:
-    """The objective that the config describes: (surrogate × correction + β·KL − coefficient·entropy)."""
-    surrogate = lookup(c.loss.surrogate, SURROGATES)
-    options = accepted(surrogate, {k: c.loss[k] for k in ("epsilon", "epsilon_high", "delta")})
-    options |= c.loss.options.to_dict()
-    estimator = KL_ESTIMATORS[c.loss.kl_estimator]
+    """The config's objective as a function of params and rows."""
+    objective = make_objective(c)
+    is_corrected = c.loss.importance_sampling_correction != "none"
 
     def loss(params: Tree, batch: PolicyBatch) -> tuple[WeightedSum, Metrics]:
         t = batch.trajectories
@@ -137,27 +134,18 @@ def policy_loss(c: ConfigDict, score: Callable[[Tree, Trajectories], Scores]) ->
         # distribution that was sampled from (and its ratio to the sampler's is 1 before an update)
         logp = scores.logp - t.log_kept
         old_logp = t.behaviour_logp if batch.old_logp is None else batch.old_logp - t.log_kept
-        token_loss, metrics = surrogate(logp, old_logp, batch.advantages[:, None], mask, **options)
-        # without a correction the trainer's own log-prob of now shows how far the two have come apart
-        weights, corrections = importance_sampling_correction(
-            jax.lax.stop_gradient(logp) if batch.old_logp is None else old_logp,
-            t.behaviour_logp,
-            mask,
-            mode=c.loss.importance_sampling_correction,
-            cap=c.loss.importance_sampling_cap,
-            floor=c.loss.importance_sampling_floor,
-        )
-        token_loss = token_loss * weights
-        bonus, entropy = entropy_bonus(scores.entropy, mask)
-        if c.loss.entropy_coef:  # a gradient times 0 would be worked out all the same, over all logits
-            token_loss = token_loss + c.loss.entropy_coef * bonus
-        metrics = metrics | corrections | entropy | ratio_statistics(logp, t.behaviour_logp, mask)
+        arrays = {"behaviour_logp": t.behaviour_logp, "entropy": scores.entropy}
         if batch.ref_logp is not None:
-            kl, kl_metrics = estimator(scores.logp, batch.ref_logp, mask, old_logp=old_logp + t.log_kept)
-            token_loss = token_loss + c.loss.beta * kl
-            metrics = metrics | kl_metrics
-        norm = c.rollout.max_completion_length
-        return aggregate(token_loss, mask, c.loss.loss_aggregation, norm=norm), metrics
+            arrays["ref_logp"] = batch.ref_logp - t.log_kept
+        advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
+        total, metrics = objective(logp, old_logp, advantages, mask, **arrays)
+        if not is_corrected:
+            # the trainer's own log-prob of now shows how far the two have come apart
+            metrics |= importance_sampling_correction(
+                jax.lax.stop_gradient(logp), t.behaviour_logp, mask, mode="none"
+            )[1]
+        metrics |= entropy_bonus(scores.entropy, mask)[1]
+        return total, metrics | ratio_statistics(logp, t.behaviour_logp, mask)
 
     return loss
 
@@ -244,6 +232,7 @@ def make_update(
             version=state.version + good,
             nonfinite=jnp.where(good, 0, state.nonfinite + 1),
             skipped=state.skipped + ~good,
+            tracker=state.tracker,
         ), metrics
 
     return update
@@ -251,13 +240,13 @@ def make_update(
 
 def make_scorer(
     score: Callable[[Tree, Trajectories], Scores], *, pieces: int = 1
-) -> Callable[[Tree, Trajectories], Array]:
-    """A jitted `logp(params, trajectories) -> f32[N, T]` of tempered log-probs, in micro-batches."""
+) -> Callable[[Tree, Trajectories], Scores]:
+    """A jitted `scores(params, trajectories)`, taken in micro-batches."""
 
     @jax.jit
-    def logp(params: Tree, t: Trajectories) -> Array:
+    def scores(params: Tree, t: Trajectories) -> Scores:
         cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), t)
-        out = jax.lax.map(lambda piece: score(params, piece).logp, cut)
-        return out.reshape(t.tokens.shape)
+        out = jax.lax.map(partial(score, params), cut)
+        return jax.tree.map(lambda x: x.reshape(t.tokens.shape), out)
 
-    return logp
+    return scores

@@ -136,7 +136,7 @@ class Stations:
             schedule(c.optimizer, 100),
             pieces=loop.num_pieces(c.train, rows // c.train.num_minibatches),
         )
-        self.logp = make_scorer(score, pieces=loop.num_pieces(c.train, rows))
+        self.scores = make_scorer(score, pieces=loop.num_pieces(c.train, rows))
 
     def set(self, **options) -> None:
         c = self.job.config.copy_and_resolve_references()
@@ -149,13 +149,13 @@ class Stations:
         scored = collect(
             lambda: stages.draw(self.job, self.host, prepared, Pool(), 0, {}), num_groups=P, group_size=G
         )
-        advantages, metrics = stages.compute_advantages(self.job, scored)
+        advantages, _, metrics = stages.compute_advantages(self.job, scored, ())
         return scored, stages.narrow(self.job, scored, advantages), metrics
 
     def learn(self, batch) -> dict[str, float]:
         """All updates on the batch, as the loop makes them."""
         t, c = batch.trajectories, self.job.config
-        logp = self.logp(self.state.params, t)
+        logp = self.scores(self.state.params, t).logp
         is_corrected = c.loss.importance_sampling_correction != "none"
         batch = dataclasses.replace(
             batch, old_logp=logp if is_corrected else None, ref_logp=logp if c.loss.beta else None
@@ -328,7 +328,7 @@ def test_degenerate_rewards(sampled, name):
     stations, scored = sampled
     total = np.concatenate(DEGENERATE[name]).astype(np.float32)
     scored = dataclasses.replace(scored, total=total)
-    advantages, metrics = stages.compute_advantages(stations.job, scored)
+    advantages, _, metrics = stages.compute_advantages(stations.job, scored, ())
     got, groups = np.asarray(advantages).reshape(P, G), total.reshape(P, G)
     assert np.all(np.isfinite(got)) and np.all(np.abs(got) < 2)
     for advantage, rewards in zip(got, groups):
@@ -352,7 +352,7 @@ def test_groups_of_one_have_no_advantage(sampled):
     t = scored.rollout.trajectories
     alone = dataclasses.replace(t, group=jnp.arange(P * G, dtype=jnp.int32))
     scored = dataclasses.replace(scored, rollout=dataclasses.replace(scored.rollout, trajectories=alone))
-    advantages, metrics = stages.compute_advantages(stations.job, scored)
+    advantages, _, metrics = stages.compute_advantages(stations.job, scored, ())
     assert not np.any(advantages) and finalize(metrics)["frac_reward_zero_std"] == 1
     assert stations.learn(stages.narrow(stations.job, scored, advantages))["grad_norm"] == 0
 
@@ -366,7 +366,7 @@ def test_a_batch_without_a_token_to_learn_from(sampled, reason):
         scored = dataclasses.replace(scored, rollout=dataclasses.replace(scored.rollout, trajectories=t))
     else:
         scored = dataclasses.replace(scored, valid=np.zeros(P * G, bool))
-    advantages, _ = stages.compute_advantages(stations.job, scored)
+    advantages, _, _ = stages.compute_advantages(stations.job, scored, ())
     skipped = int(stations.state.skipped)
     out = stations.learn(stages.narrow(stations.job, scored, advantages))
     stations.set(mask_truncated_completions=False)
@@ -382,7 +382,7 @@ def test_failed_rows_touch_nobody(sampled):
     results = []
     for garbage in (np.nan, 0.0, 1e8):
         rows = dataclasses.replace(scored, total=np.where(failed, garbage, total), failed=failed)
-        advantages, metrics = stages.compute_advantages(stations.job, rows)
+        advantages, _, metrics = stages.compute_advantages(stations.job, rows, ())
         assert not np.any(np.asarray(advantages)[failed])
         results.append((advantages.tolist(), finalize(metrics)["reward"]))
     assert results[0] == results[1] == results[2]
@@ -396,7 +396,7 @@ def test_rewards_that_are_no_number_are_counted(sampled):
     total[:3] = np.nan, np.inf, -np.inf
     failed, valid = np.arange(P * G) == 3, np.arange(P * G) < 12
     scored = dataclasses.replace(scored, total=total, failed=failed, valid=valid)
-    _, metrics = stages.compute_advantages(stations.job, scored)
+    *_, metrics = stages.compute_advantages(stations.job, scored, ())
     assert finalize(metrics)["nonfinite_rewards"] == pytest.approx(4 / 12)
 
 

@@ -20,8 +20,8 @@ LAST = 6  # two supervised and four RL steps
 TIMED = ("time", "step_time")
 
 
-def command(workdir: Path, *overrides: str, module: str = "train") -> list[str]:
-    config = "--config=tests/training/tiny_config.py"
+def command(workdir: Path, *overrides: str, module: str = "train", arg: str = "") -> list[str]:
+    config = f"--config=tests/training/tiny_config.py:{arg}"
     return [sys.executable, "-m", f"jaxrl_llm.{module}", config, f"--workdir={workdir}", *overrides]
 
 
@@ -37,9 +37,9 @@ def environment(tmp_path_factory):
     }
 
 
-def run(environment, workdir: Path, *overrides: str, module: str = "train") -> subprocess.CompletedProcess:
+def run(environment, workdir: Path, *overrides: str, **options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(workdir, *overrides, module=module),
+        command(workdir, *overrides, **options),
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -77,11 +77,11 @@ def interrupt(environment, workdir: Path, number: int, at_step: int) -> tuple[in
     return process.returncode, out
 
 
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
+def arrays(workdir: Path, last: int = LAST) -> dict[str, np.ndarray]:
     """Every array and number of the last checkpoint."""
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest()
-    assert step == LAST
+    assert step == last
     record = json.loads((workdir / "checkpoints" / str(step) / "host" / "metadata").read_text())
     import orbax.checkpoint as ocp
 
@@ -182,7 +182,7 @@ def test_export_and_the_other_binaries(environment, whole):
 def test_another_config_is_refused_with_the_difference(environment, whole):
     done = run(environment, whole, "--config.loss.epsilon=0.3", "--config.num_steps=5")
     assert done.returncode != 0
-    assert "loss.epsilon: 0.2 -> 0.3" in done.stderr and "num_steps" not in done.stderr
+    assert "loss.epsilon: None -> 0.3" in done.stderr and "num_steps" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -200,3 +200,22 @@ def test_nonfinite_updates_stop_the_run_with_the_last_good_state(environment, tm
     assert last["skipped_updates"] == 1  # the row of the step before the one that stopped the run
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == last["step"] + 1
+
+
+def test_methods_combined_by_config_alone_resume_too(environment, tmp_path):
+    """HA-DW (whose belief is in the checkpoint), DynaMO and DGPO: three steps are two and one."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir, steps in ((whole, 3), (parts, 2), (parts, 3)):
+        done = run(environment, workdir, f"--config.num_steps={steps}", arg="composed")
+        assert done.returncode == 0, done.stdout + done.stderr
+    expected, got = arrays(whole, 5), arrays(parts, 5)
+    assert expected.keys() == got.keys() and "['tracker/belief']" in expected
+    for name, x in expected.items():
+        np.testing.assert_array_equal(x, got[name], err_msg=name)
+    learned = [row for row in rows(whole) if "ha_dw/anchor" in row]
+    assert len(learned) == 3
+    assert all({"modulation/stability", "clip_ratio/low_mean"} <= row.keys() for row in learned)
+    # the first batch is its own anchor, and from it the belief moves a hundredth towards the second
+    anchors, means = ([row[name] for row in learned] for name in ("ha_dw/anchor", "reward"))
+    second = means[0] + 0.01 * (means[1] - means[0])
+    np.testing.assert_allclose(anchors, [means[0], means[0], second], rtol=1e-6)

@@ -174,8 +174,8 @@ def test_scoring_in_pieces_is_scoring():
     c = config()
     t = make_batch().trajectories
     score = policy_scorer(c, CFG, None)
-    whole = make_scorer(score)(make_params(), t)
-    pieces = make_scorer(score, pieces=4)(make_params(), t)
+    whole = make_scorer(score)(make_params(), t).logp
+    pieces = make_scorer(score, pieces=4)(make_params(), t).logp
     np.testing.assert_allclose(whole, pieces, atol=1e-6)
     assert np.all(np.asarray(whole)[~np.asarray(t.action_mask)] == 0)
 

@@ -26,4 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every = 1
     c.log.completions_every = 1
     c.log.plots = False
+    if arg == "composed":  # HA-DW's weights (which remember), DynaMO's factors and DGPO's surrogate
+        c.advantage.name, c.advantage.modulation, c.loss.surrogate = "ha_dw", "decay6", "dgpo"
     return c
