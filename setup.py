@@ -42,7 +42,7 @@ setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "ruff"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
         "serve": ["starlette", "uvicorn"],
         "guided": ["outlines-core"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],

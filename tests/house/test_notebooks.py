@@ -9,6 +9,10 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
+CLOSE = {"losses.ipynb": 1e-6, "two_roles.ipynb": 1e-5}
+"""Notebooks that print last how far two things are from each other, and how far that may be."""
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_runs(path, monkeypatch, capsys):
     matplotlib.use("Agg")
@@ -16,5 +20,5 @@ def test_runs(path, monkeypatch, capsys):
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), str(path), "exec"), names)
-    if path.name == "losses.ipynb":  # its last line prints how far the pieces are from the whole
-        assert float(capsys.readouterr().out.splitlines()[-1]) < 1e-6
+    if path.name in CLOSE:
+        assert float(capsys.readouterr().out.splitlines()[-1]) < CLOSE[path.name]
