@@ -42,7 +42,7 @@ setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "mypy", "openai", "pytest", "pytest-xdist", "ruff"],
         "serve": ["starlette", "uvicorn"],
         "guided": ["outlines-core"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
@@ -55,6 +55,7 @@ setup(
             "jaxrl-train = jaxrl_llm.console:train",
             "jaxrl-evaluate = jaxrl_llm.console:evaluate",
             "jaxrl-sample = jaxrl_llm.console:sample",
+            "jaxrl-serve = jaxrl_llm.console:serve",
         ]
     },
 )

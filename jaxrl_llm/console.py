@@ -16,3 +16,8 @@ def evaluate() -> None:
 def sample() -> None:
     """jaxrl-sample."""
     runpy.run_module("jaxrl_llm.sample", run_name="__main__", alter_sys=True)
+
+
+def serve() -> None:
+    """jaxrl-serve."""
+    runpy.run_module("jaxrl_llm.serve", run_name="__main__", alter_sys=True)

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.data.chat import CHAT_TEMPLATE, END, PAD, ROLES, Message, Text, as_reply
+from jaxrl_llm.data.chat import CHAT_TEMPLATE, END, PAD, ROLES, Message, Text, as_reply, text_after_reply
 
 # Ids that a text-only model may lack: Gemma 3's 1B has no row for the image placeholder of its family.
 MEDIA = re.compile("image|audio|video", re.IGNORECASE)
+
+# What decoders of tokens consist of that are bytes, or pieces with a mark in place of a space.
+PLAIN_DECODERS = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "Fuse", "Strip", "Sequence"}
 
 
 class HuggingFaceTokenizer:
@@ -60,6 +63,32 @@ class HuggingFaceTokenizer:
         """Text of `ids`, special tokens and ids beyond the vocabulary left out."""
         kept = [int(i) for i in ids]
         return self._fast.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id writes, within a text; None where it is special or there is no such token.
+
+        Raises:
+          ValueError: a kind of tokenizer whose tokens are not simply the bytes they write.
+        """
+        decoder = json.dumps(json.loads(self._fast.backend_tokenizer.to_str())["decoder"])
+        strange = set(re.findall('"type": "([A-Za-z]+)"', decoder)) - PLAIN_DECODERS
+        if strange:
+            raise ValueError(f"tokens of the kind {', '.join(sorted(strange))} have no bytes of their own")
+        byte_of = {name: bytes([byte]) for byte, name in enumerate(_byte_names())}
+        added = self._fast.added_tokens_decoder
+        out: list[bytes | None] = [None] * self._vocab_size
+        for token, i in self._fast.get_vocab().items():
+            if i >= len(out) or token in self._fast.all_special_tokens or (i in added and added[i].special):
+                continue
+            if i in added:
+                out[i] = token.encode()
+            elif "ByteLevel" in decoder:
+                out[i] = b"".join(byte_of[name] for name in token)
+            elif "ByteFallback" in decoder and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                out[i] = bytes([int(token[3:5], 16)])
+            else:
+                out[i] = (token.replace("▁", " ") if "▁" in decoder else token).encode()
+        return out
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation and of the reply's header."""
@@ -117,6 +146,17 @@ class HuggingFaceTokenizer:
             rendered = whole
         last = max(i for i, m in enumerate(mask) if m)
         return ids[start : last + 1], mask[start : last + 1]
+
+    def encode_next(self, messages: Sequence[Message], reply: str, more: Sequence[Message]) -> list[int]:
+        """Ids of what the template puts after a reply. Raises NotAppendOnly as `text_after_reply` does."""
+        text = text_after_reply(
+            lambda turns, header: self._render(turns, generation_prompt=header),
+            messages,
+            reply,
+            more,
+            template=repr(self._fast.name_or_path or type(self._fast).__name__),
+        )
+        return self._continue(self.encode(reply), self.encode(reply + text), text)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and its company, which `load("folder", ...)` and AutoTokenizer read."""
@@ -202,16 +242,18 @@ def _built_in(backend: Any) -> HuggingFaceTokenizer:
     )
 
 
+def _byte_names() -> list[str]:
+    """GPT-2's alphabet: a printable character for every byte, those that print already for themselves."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
 def bytes_tokenizer() -> HuggingFaceTokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    # GPT-2's alphabet: a printable character for every byte, those that print already for themselves.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    names, spare = {}, 256
-    for byte in range(256):
-        names[chr(byte if byte in printable else spare)] = byte
-        spare += byte not in printable
+    names = {name: byte for byte, name in enumerate(_byte_names())}
     backend = Backend(models.BPE(vocab=names, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

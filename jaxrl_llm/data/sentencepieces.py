@@ -105,6 +105,20 @@ class SentencePieceTokenizer:
         size = self.vocab_size
         return self._model.decode([int(i) for i in ids if 0 <= i < size])
 
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id writes, within a text; None where it is a control symbol or unknown."""
+        model = self._model
+        out: list[bytes | None] = []
+        for i in range(self.vocab_size):
+            piece = model.id_to_piece(i)
+            if model.is_byte(i):
+                out.append(bytes([int(piece[3:5], 16)]))  # <0x0A>
+            elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+                out.append(None)
+            else:
+                out.append(piece.replace("▁", " ").encode())
+        return out
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation and of the reply's header."""
         ids = self._bos()
@@ -129,6 +143,13 @@ class SentencePieceTokenizer:
             ids += header + content
             mask += [False] * len(header) + [message["role"] == "assistant"] * len(content)
         return ids, mask
+
+    def encode_next(self, messages: Sequence[Message], reply: str, more: Sequence[Message]) -> list[int]:
+        """Ids of EOS, `more` and the next header: each message is encoded alone, so nothing else changes."""
+        ids = [self.eos_ids[0]]
+        for message in more:
+            ids += self._header_of(message) + self._content(message)
+        return ids + self._headers["assistant"]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.model; `load("sentencepiece", path=folder)` reads it."""

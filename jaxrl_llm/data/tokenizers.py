@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out."""
 
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id writes, in UTF-8; None where it is a special token or none at all."""
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to and including the header of the reply to come."""
 
@@ -40,6 +43,12 @@ class Tokenizer(Protocol):
         """Ids that follow `encode_prompt(prompt)` in supervised data, and which are the policy's to write.
 
         The policy writes what assistants say and the token that ends it.
+        """
+
+    def encode_next(self, messages: Sequence[Message], reply: str, more: Sequence[Message]) -> list[int]:
+        """Ids that a policy reads after its `reply` to `messages`: the end of its turn, `more`, a header.
+
+        Raises NotAppendOnly if the template changes what was there before.
         """
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -46,8 +46,9 @@ class Sampled(NamedTuple):
     Attributes:
       token: i32[B].
       behaviour_logp: f32[B] under the exact distribution drawn from (tempered and truncated).
-      raw_logp: f32[B] under the untempered, untruncated model.
-      log_kept: f32[B] log of the tempered mass that truncation kept.
+      raw_logp: f32[B] under the untempered, untruncated model, without rules of decoding.
+      log_kept: f32[B] log of the tempered mass that truncation kept; under rules of decoding as
+        `sampling.rules` says.
     """
 
     token: Array
@@ -62,8 +63,19 @@ def sampling_params(
     """The same parameters for `batch` rows.
 
     Raises:
-      ValueError: a parameter outside its range, named.
+      ValueError: as `check_sampling`.
     """
+    check_sampling(temperature, top_p, top_k, min_p)
+    return Sampling(
+        jnp.full(batch, temperature, jnp.float32),
+        jnp.full(batch, top_p, jnp.float32),
+        jnp.full(batch, top_k, jnp.int32),
+        jnp.full(batch, min_p, jnp.float32),
+    )
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
+    """Raises a ValueError that names a parameter outside its range."""
     for name, value, low, high in (
         ("temperature", temperature, 0.0, math.inf),
         ("top_p", top_p, 0.0, 1.0),
@@ -72,12 +84,6 @@ def sampling_params(
     ):
         if not low <= value <= high or (name == "top_p" and value == 0):
             raise ValueError(f"{name}={value} is outside its range [{low}, {high}] (top_p above 0)")
-    return Sampling(
-        jnp.full(batch, temperature, jnp.float32),
-        jnp.full(batch, top_p, jnp.float32),
-        jnp.full(batch, top_k, jnp.int32),
-        jnp.full(batch, min_p, jnp.float32),
-    )
 
 
 def _columns(size: int) -> int:
@@ -109,22 +115,27 @@ def _bisect(values: Array, weights: Array, least: Array, low: Array, one: Callab
     def total(log_threshold: Array) -> Array:
         return _total(jnp.where(weights >= jnp.exp(log_threshold)[:, None, None], values, 0.0))
 
+    def several(carry: Bracket) -> Array:
+        """Whether tokens are left between the ends, bool[B]."""
+        _, low, _, at_low, at_high = carry
+        return at_low - at_high >= 2 * one(low)
+
     def more(carry: Bracket) -> Array:
-        step, low, _, at_low, at_high = carry
-        several = at_low - at_high >= 2 * one(low)  # tokens are left between the ends
-        return (step < SEARCH_STEPS) & jnp.any(several)
+        return (carry[0] < SEARCH_STEPS) & jnp.any(several(carry))
 
     def halve(carry: Bracket) -> Bracket:
         step, low, high, at_low, at_high = carry
         middle = 0.5 * (low + high)
         at = total(middle)
         enough = at >= least
+        goes_on = several(carry)  # else rounding would let it depend on how long others search
+        up, down = goes_on & enough, goes_on & ~enough
         return (
             step + 1,
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, at, at_low),
-            jnp.where(enough, at_high, at),
+            jnp.where(up, middle, low),
+            jnp.where(down, middle, high),
+            jnp.where(up, at, at_low),
+            jnp.where(down, at, at_high),
         )
 
     high = jnp.full_like(low, 1e-6)
@@ -191,20 +202,28 @@ def invert(weights: Array, uniform: Array) -> Array:
     return (row * weights.shape[2] + column).astype(jnp.int32)
 
 
-def sample(logits: Array, sampling: Sampling, uniform: Array) -> Sampled:
+def sample(logits: Array, sampling: Sampling, uniform: Array, model_logits: Array | None = None) -> Sampled:
     """One token per row.
 
     Args:
-      logits: f32[B, V].  sampling: parameters per row.  uniform: f32[B] in [0, 1), a draw per row.
+      logits: f32[B, V]; -inf for what must not be drawn.
+      sampling: parameters per row.  uniform: f32[B] in [0, 1), a draw per row.
+      model_logits: f32[B, V] as the model gave them, where rules of decoding have changed `logits`.
 
     Returns:
-      `Sampled`; greedy rows (temperature 0) have behaviour_logp 0 and log_kept 0.
+      `Sampled`; greedy rows (temperature 0) have behaviour_logp 0 and log_kept 0. Where there was nothing
+      to draw from, behaviour_logp is NaN.
     """
     vocab = logits.shape[1]
     greedy = sampling.temperature == 0
     temperature = jnp.where(greedy, 1.0, sampling.temperature)
-    peak = jnp.max(jnp.max(_fold(logits, NEGATIVE), axis=1), axis=1)
-    z = _fold((logits - peak[:, None]) / temperature[:, None], NEGATIVE)
+
+    def tempered_logits(logits: Array) -> tuple[Array, Array]:
+        """The largest, f32[B], and how far all are from it in units of the temperature, folded."""
+        peak = jnp.max(jnp.max(_fold(logits, NEGATIVE), axis=1), axis=1)
+        return peak, _fold((logits - peak[:, None]) / temperature[:, None], NEGATIVE)
+
+    peak, z = tempered_logits(logits)
     weights = jnp.exp(z)
     total = _total(weights)
     truncated = jnp.any((sampling.top_p < 1) | (sampling.top_k > 0) | (sampling.min_p > 0))
@@ -223,16 +242,25 @@ def sample(logits: Array, sampling: Sampling, uniform: Array) -> Sampled:
         token,
     )
 
-    raw = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - peak
-    raw_total = jax.lax.cond(
-        jnp.all(temperature == 1),
-        lambda _: total,
-        lambda _: _total(jnp.exp(_fold(logits - peak[:, None], NEGATIVE))),
-        None,
-    )
-    log_kept = jnp.where(greedy, 0.0, jnp.log(kept_total) - jnp.log(total))
-    behaviour = jnp.where(greedy, 0.0, raw / temperature - jnp.log(total) - log_kept)
-    return Sampled(token, behaviour, raw - jnp.log(raw_total), log_kept)
+    def log_probs(logits: Array, peak: Array, total: Array) -> tuple[Array, Array]:
+        """Of the token: tempered and untempered."""
+        raw = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - peak
+        raw_total = jax.lax.cond(
+            jnp.all(temperature == 1),
+            lambda _: total,
+            lambda _: _total(jnp.exp(_fold(logits - peak[:, None], NEGATIVE))),
+            None,
+        )
+        return raw / temperature - jnp.log(total), raw - jnp.log(raw_total)
+
+    tempered, raw_logp = log_probs(logits, peak, total)
+    log_kept = jnp.log(kept_total) - jnp.log(total)
+    behaviour = jnp.where(greedy, jnp.where(total > 0, 0.0, jnp.nan), tempered - log_kept)
+    if model_logits is not None:
+        peak, z = tempered_logits(model_logits)
+        by_model, raw_logp = log_probs(model_logits, peak, _total(jnp.exp(z)))
+        log_kept += by_model - tempered
+    return Sampled(token, behaviour, raw_logp, jnp.where(greedy, 0.0, log_kept))
 
 
 @partial(jax.jit, static_argnames=("count",))

@@ -20,7 +20,9 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
 from jaxrl_llm.rewards.specs import as_spec, check_columns, resolve
+from jaxrl_llm.rollouts.engine import Engine
 from jaxrl_llm.rollouts.single_turn import Settings
+from jaxrl_llm.sampling.autoregressive import prepare
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import check
 from jaxrl_llm.training.progress import summary
@@ -293,6 +295,19 @@ def policy_params(job: Job, workdir: Path | None, step: int | None = None) -> tu
         step = checkpoints.latest() if step is None else step
         state, _ = checkpoints.restore({"params": abstract}, step, partial=True)
     return state["params"], step
+
+
+def make_engine(job: Job, params: Tree, *, slots: int, max_length: int | None = None) -> Engine:
+    """An engine to sample from the policy; None = the config's longest prompt and completion just fit."""
+    r = job.config.rollout
+    return Engine(
+        prepare(params, job.cfg, job.dtype),
+        job.cfg,
+        slots=slots,
+        max_length=max_length or job.config.data.max_prompt_length + r.max_completion_length,
+        key=run_key(job, SAMPLE, 0),
+        stop_ids=job.tokenizer.eos_ids,
+    )
 
 
 def export(job: Job, params: Tree, folder: Path) -> None:

@@ -129,6 +129,8 @@ def policy_loss(c: ConfigDict, score: Callable[[Tree, Trajectories], Scores]) ->
     def loss(params: Tree, batch: PolicyBatch) -> tuple[WeightedSum, Metrics]:
         t = batch.trajectories
         mask = t.action_mask
+        if is_corrected and batch.old_logp is None:
+            raise ValueError("importance_sampling_correction compares the sampler with old_logp: give that")
         scores = score(params, t)
         # what truncation kept is a constant of the sampling step, so the trainer's log-prob is of the
         # distribution that was sampled from (and its ratio to the sampler's is 1 before an update)

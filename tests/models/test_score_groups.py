@@ -82,8 +82,7 @@ def test_values_and_gradients_equal_those_of_single_rows(cfg):
         both(partial(score, cfg=cfg)),
     )
     assert np.all(np.asarray(wanted.logp)[np.asarray(mask)] < 0)
-    for one, other in zip(out, wanted):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), out, wanted)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient)):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(np.abs(other).max()) + 1e-6)
 

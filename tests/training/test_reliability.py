@@ -275,9 +275,8 @@ def test_accumulation_is_exact(mode):
             np.testing.assert_allclose(cut_total.sum, total.sum, rtol=1e-12)
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["old_logp", "no_old_logp"])
 @pytest.mark.parametrize("mode", IMPORTANCE_SAMPLING_CORRECTIONS)
-def test_importance_weights_carry_no_gradient(tmp_path, mode, recorded):
+def test_importance_weights_carry_no_gradient(tmp_path, mode):
     """In the whole objective, whose params are the log-probs here: the gradient of −w·A·log π is −w·A (B)."""
     options = {"loss.surrogate": "reinforce", "loss.importance_sampling_correction": mode}
     c = make_job(tmp_path, **options, **{"loss.importance_sampling_cap": 1.5}).config
@@ -298,7 +297,7 @@ def test_importance_weights_carry_no_gradient(tmp_path, mode, recorded):
         group=jnp.zeros(4, jnp.int32),
     )
     advantages = jnp.array([1.0, -2.0, 0.5, 3.0])
-    batch = PolicyBatch(t, advantages, old_logp=logp if recorded else None)
+    batch = PolicyBatch(t, advantages, old_logp=logp)
     loss = policy_loss(c, lambda params, t: TokenScores(params, zeros))
     gradient = jax.grad(lambda x: loss(x, batch)[0].sum)(logp)
     weights, _ = importance_sampling_correction(logp, behaviour, mask, mode=mode, cap=1.5)

@@ -182,7 +182,7 @@ def test_export_and_the_other_binaries(environment, whole):
 def test_another_config_is_refused_with_the_difference(environment, whole):
     done = run(environment, whole, "--config.loss.epsilon=0.3", "--config.num_steps=5")
     assert done.returncode != 0
-    assert "loss.epsilon: None -> 0.3" in done.stderr and "num_steps" not in done.stderr
+    assert "loss.epsilon: null -> 0.3" in done.stderr and "num_steps" not in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -432,7 +432,7 @@ def test_a_mistake_is_one_clear_error(home, ask, name):
 
 
 WITH_A_RUN = {
-    "another config": (("train", *GRPO, "--config.loss.epsilon=0.3"), "loss.epsilon: None -> 0.3"),
+    "another config": (("train", *GRPO, "--config.loss.epsilon=0.3"), "loss.epsilon: null -> 0.3"),
     "another model": (
         ("sample", *GRPO, "--config.model.path=", "--config.tokenizer.path=model"),
         "Give the config that it was saved with",
