@@ -12,3 +12,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that the processes end together."""
+    items.sort(key=lambda item: item.path.parent.name != "training")

@@ -19,6 +19,7 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,9 +92,10 @@ class Engine:
         self.stop_ids = jnp.asarray([*stop_ids, -1], jnp.int32)
         self.widths = tuple(doubling(*(-(-size // block) * block for size in (64, max_length))))
         dtype = prepared["final_norm"].dtype
-        self.slots: Slots = device.empty(
-            cfg, slots, self.widths[0], block, dtype, rules, int8_cache=int8_cache
+        self.free_slots = partial(
+            device.empty, cfg, slots, self.widths[0], block, dtype, rules, int8_cache=int8_cache
         )
+        self.slots: Slots = self.free_slots()
         self.contexts = Contexts(prepared, cfg, buckets, self.widths, remember, int8_cache=int8_cache)
         self.waiting: collections.deque[Ticket] = collections.deque()
         self.running: dict[int, Ticket] = {}
@@ -159,13 +161,25 @@ class Engine:
                 self._place(slot, ticket, prefix, rules)
 
     def step(self) -> list[Ticket]:
-        """One round. Returns the tickets that it completed."""
+        """One round. Returns the tickets that it completed.
+
+        An error of the device ends all requests, whose tickets then raise it, and leaves the engine empty.
+        """
         with self.busy:
-            done = self._sweep()
-            self._admit()
-            if self.running:
-                done += self._decode()
-            return done
+            try:
+                done = self._sweep()
+                self._admit()
+                if self.running:
+                    done += self._decode()
+                return done
+            except Exception as error:
+                for ticket in [*self.waiting, *self.running.values()]:
+                    if not ticket.future.done():
+                        ticket.future.set_exception(error)
+                self.waiting.clear()
+                self.running.clear()
+                self.slots, self.spent = self.free_slots(), False  # the old ones may have been given away
+                raise
 
     async def complete(self, request: Request) -> Completion:
         """Serves one request beside those of other coroutines, in rounds that run in a thread.
@@ -209,15 +223,10 @@ class Engine:
             self.mover = loop.create_task(self._move())
 
     async def _move(self) -> None:
-        """Takes rounds while there is something to do."""
-        try:
+        """Takes rounds while there is something to do. Of an error whoever waits hears by its ticket."""
+        with contextlib.suppress(Exception):
             while self.waiting or self.running:
                 await asyncio.to_thread(self.step)
-        except Exception as error:  # whoever waits must hear of it
-            for ticket in [*self.waiting, *self.running.values()]:
-                if not ticket.future.done():
-                    ticket.future.set_exception(error)
-            raise
 
     def _check(self, request: Request) -> None:
         ids = np.asarray(request.tokens)

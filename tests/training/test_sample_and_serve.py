@@ -13,12 +13,10 @@ import jax
 import numpy as np
 import openai
 import pytest
-from test_user_case import Scripts, write_rows, write_tokenizer
+from test_user_case import Scripts, write_model, write_rows
 from test_user_case import environment as environment
 
-from jaxrl_llm.models import huggingface, huggingface_config, transformer
-from jaxrl_llm.models import params as params_lib
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models import huggingface, huggingface_config
 from jaxrl_llm.models.scoring import score
 
 ROOT = Path(__file__).parents[2]
@@ -36,18 +34,7 @@ CONFIG = (
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    cfg = ModelConfig(
-        vocab_size=24,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        intermediate_size=32,
-    )
-    params = params_lib.init(jax.random.key(0), transformer.param_specs(cfg))
-    huggingface.save(home / "model", params, cfg, hf_config={"eos_token_id": 1})
-    write_tokenizer(home / "model")
+    write_model(home / "model")
     (home / "configs").symlink_to(ROOT / "configs")
     write_rows(home / "prompts.jsonl", [{"prompt": p, "number": i} for i, p in enumerate(PROMPTS)])
     return home

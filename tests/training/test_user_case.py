@@ -75,14 +75,8 @@ def write_tokenizer(folder: Path, more: int = 0) -> None:
     ).save_pretrained(folder)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """What a user has: a model's folder, files of rows, a reward; and the configs of this project."""
-    home = tmp_path_factory.mktemp("home")
+def write_model(folder: Path) -> None:
+    """A random model of some thousand params, with its tokenizer."""
     cfg = ModelConfig(
         vocab_size=24,
         hidden_size=16,
@@ -93,8 +87,19 @@ def home(tmp_path_factory) -> Path:
         intermediate_size=32,
     )
     params = params_lib.init(jax.random.key(0), transformer.param_specs(cfg))
-    huggingface.save(home / "model", params, cfg, hf_config={"eos_token_id": 1})
-    write_tokenizer(home / "model")
+    huggingface.save(folder, params, cfg, hf_config={"eos_token_id": 1})
+    write_tokenizer(folder)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """What a user has: a model's folder, files of rows, a reward; and the configs of this project."""
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "model")
     shutil.copytree(home / "model", home / "words")
     write_tokenizer(home / "words", more=9)
     (home / "configs").symlink_to(ROOT / "configs")
