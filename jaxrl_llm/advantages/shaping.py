@@ -348,32 +348,3 @@ def length_filter(
     mean, is_group, ids, valid = _group_lengths(length, group, valid)
     kept = (mean < bounds.low) | ((mean > bounds.high) & (mean < bounds.top))
     return kept[ids] & valid, {"length_filter/kept": masked_sum(kept, is_group)}
-
-
-def overlong_penalty(lengths: Array, max_length: int, buffer: int) -> Array:
-    """DAPO's soft punishment of overlong answers, to be added to the reward.
-
-    0 up to L − c tokens, (L − c − length)/c up to L tokens, −1 beyond
-
-    Example:
-      >>> overlong_penalty(jnp.array([80, 90, 100, 120]), 100, 20).tolist()
-      [0.0, -0.5, -1.0, -1.0]
-
-    Args:
-      lengths: i[N] or f[N] tokens of every answer; of one cut off at the limit, the limit.
-      max_length: L, the longest answer (tokens) that earns its reward in part.
-      buffer: c, the number of tokens below L in which the punishment grows.
-
-    Returns:
-      f[N] in [−1, 0] without gradient, float32 or wider.
-
-    Raises:
-      ValueError: not 0 < buffer ≤ max_length.
-
-    References:
-      2503.14476 eq. 13.
-    """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"buffer={buffer} must be above 0 and at most max_length={max_length}")
-    beyond = jax.lax.stop_gradient(float_of(lengths)) - (max_length - buffer)
-    return jnp.where(beyond <= 0, 0, jnp.where(beyond > buffer, -1, -beyond / buffer))

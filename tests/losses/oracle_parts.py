@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.advantages.returns import gae
@@ -16,6 +17,7 @@ from jaxrl_llm.losses.kl import kl_k3
 from jaxrl_llm.losses.presets import PRESETS
 from jaxrl_llm.losses.ratios import sequence_log_ratio
 from jaxrl_llm.losses.value import clipped_value_loss
+from jaxrl_llm.rewards.functions import overlong_penalty
 
 Batch = dict[str, Array]
 Ours = Callable[[Batch], Array]
@@ -280,3 +282,9 @@ def top_k_of_student(b: Batch) -> Array:
     listed = jnp.take_along_axis(log_q, ids, axis=-1)
     loss, _ = divergences.gathered_top_k_kl(top, listed, b["mask"], direction="reverse")
     return mean(loss, b["mask"])
+
+
+def overlong(b: Batch) -> Array:
+    """DAPO's penalty of answers of these lengths, 100 tokens allowed and 20 of them punished."""
+    rows = [range(n) for n in np.asarray(b["lengths"])]
+    return jnp.array(overlong_penalty(rows, max_completion_length=100, buffer=20))

@@ -35,6 +35,7 @@ from oracle_parts import (
     on_policy_distillation,
     orpo_over_tokens,
     outcome,
+    overlong,
     pairs,
     rejected,
     rloo_clip,
@@ -113,7 +114,7 @@ OURS: dict[str, dict[str, Ours]] = {
         "top-2 forward kl with tail": distilled(divergences.top_k_kl, k=2),
         "top-2 reverse kl with tail": top_k_of_student,
         "on-policy distillation": on_policy_distillation,
-        "overlong penalty": lambda b: advantages.overlong_penalty(b["lengths"], 100, 20),
+        "overlong penalty": overlong,
     },
     "verl": {
         "vanilla": objective(VERL, "grpo"),

@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle_parts import TRL, Batch, Ours, fused, objective, outcome
+from oracle_parts import TRL, Batch, Ours, fused, objective, outcome, overlong
 from oracle_table import OURS
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.losses import Array, preference
 from jaxrl_llm.losses.presets import PRESETS
-from jaxrl_llm.rewards.functions import overlong_penalty
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -187,11 +186,7 @@ def test_tunix_has_orpo_of_whole_answers():
 
 
 def test_tunix_counts_characters_and_has_no_floor():
-    def ours(b: Batch) -> Array:
-        lengths = np.asarray(b["lengths"])
-        return jnp.array(overlong_penalty([range(n) for n in lengths], max_completion_length=100, buffer=20))
-
-    wanted, _, value, _, _ = differing("tunix", "overlong penalty", ours)
+    wanted, _, value, _, _ = differing("tunix", "overlong penalty", overlong)
     np.testing.assert_allclose(value, np.maximum(wanted, -1), atol=1e-6)
     assert wanted.min() < -2  # of 130 characters, which may be 30 tokens
 

@@ -222,6 +222,55 @@ def whitened(x: Array, mask: Array) -> Array:
     return advantages.whiten(x, advantages.batch_statistics(x, mask), mask)
 
 
+def one_token(function: Callable[[Batch], Array]) -> Callable[[Batch], Array]:
+    """Every row cut down to its first token."""
+    return lambda b: function(b | {"mask": b["mask"] & (jnp.cumsum(b["mask"], axis=1) == 1)})
+
+
+def modulated(function: Callable[[Batch], Array], **options) -> Callable[[Batch], Array]:
+    """Advantages times DynaMO's token factors, the entropy changing by any amounts."""
+
+    def loss(b: Batch) -> Array:
+        change = b["logp"] - b["old_logp"]
+        extremes = advantages.modulation_extremes(b["entropy"], change, b["mask"])
+        weights, _ = advantages.modulation_weights(
+            b["advantages"], b["entropy"], change, b["mask"], extremes, **options
+        )
+        return function(b | {"advantages": b["advantages"] * weights})
+
+    return loss
+
+
+def agents(is_own: bool) -> Callable[[Batch], Array]:
+    """HACPO with every row the learner's own, or another's; what is said of the others is not looked at."""
+    return lambda b: surrogate(
+        losses.hacpo,
+        is_own=jnp.full(b["mask"].shape[0], is_own),
+        source_mean_logp=own_mean(b),
+        source_weight=jnp.full(b["mask"].shape[0], 7.0),
+    )(b)
+
+
+def answer_track(group: Array, b: Batch) -> Array:
+    """The first of the dual tracks' advantages, of fixed rewards."""
+    ends = jnp.zeros(len(SUCCESSES), jnp.int32)
+    rewards = jnp.asarray(SUCCESSES)
+    return advantages.dual_track(rewards, 1 - rewards, group, b["mask"], ends)[0][0]
+
+
+def praised(rewards: Array, mask: Array) -> Array:
+    """PRAISE without a weight on what its scores say, every token a turn."""
+    scores = jnp.linspace(0, 1, mask.shape[1] + 1) * jnp.ones((len(mask), 1))
+    tokens, ends = places(mask), jnp.full(len(mask), mask.shape[1])
+    outcome = jnp.sum(rewards, axis=1)
+    return advantages.praise_rewards(scores, outcome, ends, tokens + 1, mask, alpha=0.0)[0]
+
+
+def shaped(reward: Callable[[Array], Array]) -> Callable[[Batch], Array]:
+    """GRPO on a shaped form of fixed rewards."""
+    return policy(lambda r, g: advantages.grpo(reward(r), g))
+
+
 REDUCTIONS: dict[str, tuple[Callable[[Batch], Array], Callable[[Batch], Array]]] = {
     # surrogates
     "ppo_clip on-policy is reinforce, in the gradient": (
@@ -291,6 +340,11 @@ REDUCTIONS: dict[str, tuple[Callable[[Batch], Array], Callable[[Batch], Array]]]
             / jnp.maximum(lengths(b), 1)
         ),
     ),
+    "gspo of one token is ppo": (
+        one_token(surrogate(losses.gspo, epsilon=0.2, epsilon_high=0.2)),
+        one_token(surrogate(losses.ppo_clip)),
+    ),
+    "hacpo of one agent is gspo": (of_rows(agents(is_own=True)), of_rows(surrogate(losses.gspo))),
     "hacpo of two equal agents on-policy is gspo on the pool": (
         on_policy(of_rows(shared())),
         on_policy(of_rows(surrogate(losses.gspo))),
@@ -528,6 +582,31 @@ REDUCTIONS: dict[str, tuple[Callable[[Batch], Array], Callable[[Batch], Array]]]
     "hian(w_S=0) of one turn is grpo on the turn's reward": (
         policy(lambda r, g: one_turn(advantages.hian(*turns_of(r), g, session_weight=0.0))),
         policy(lambda r, g: advantages.grpo(jnp.roll(r, 1), g)),
+    ),
+    "xgrpo without peers is grpo": (policy(advantages.xgrpo), policy(advantages.grpo)),
+    "dual_track's advantages without a prefix are grpo, with the population's std": (
+        lambda b: losses.ppo_clip(b["logp"], b["old_logp"], answer_track(PROMPTS, b), b["mask"])[0],
+        policy(partial(advantages.grpo, ddof=0)),
+    ),
+    "modulation with μ = λ = 1 is none": (
+        modulated(surrogate(losses.ppo_clip), max_boost=1.0, min_stability=1.0),
+        surrogate(losses.ppo_clip),
+    ),
+    "waypoint_reward(λ=0) is the outcome": (
+        shaped(lambda r: advantages.waypoint_reward(r > 0, jnp.linspace(0, 1, len(r)), weight=0.0)),
+        policy(advantages.grpo),
+    ),
+    "length_penalised_reward(α=0) is the outcome": (
+        shaped(lambda r: advantages.length_penalised_reward(r, jnp.arange(len(r)) / 2, weight=0.0)),
+        policy(advantages.grpo),
+    ),
+    "process_gated_reward(T=1) is the outcome": (
+        shaped(lambda r: advantages.process_gated_reward(jnp.ones(len(r)), r, 0 * r, format_weight=0.1)),
+        policy(advantages.grpo),
+    ),
+    "praise_rewards(α=0) are the outcome": (
+        over_tokens(lambda r, mask: advantages.discounted_returns(praised(r, mask), mask)),
+        over_tokens(lambda r, mask: advantages.discounted_returns(r, mask)),
     ),
     "gae(γ=λ=1) without values is reinforce with the outcome": (
         over_tokens(lambda r, mask: advantages.gae(r, 0 * r, mask, gamma=1.0, lam=1.0)[0]),
