@@ -31,7 +31,7 @@ def act(text):
     if order == "allocate":
         hoard = []
         while True:
-            hoard.append(bytearray(2**26))
+            hoard.append(np.empty(2**26, np.uint8))  # address space alone: untouched memory costs no time
     if order == "family":
         start_family(argument)
         time.sleep(1e6)
