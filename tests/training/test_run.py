@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_user_case import Reply, Scripts
 
 from jaxrl_llm.training.checkpoints import Checkpoints
 
@@ -20,32 +22,34 @@ LAST = 6  # two supervised and four RL steps
 TIMED = ("time", "step_time")
 
 
-def command(workdir: Path, *overrides: str, module: str = "train", arg: str = "") -> list[str]:
-    config = f"--config=tests/training/tiny_config.py:{arg}"
-    return [sys.executable, "-m", f"jaxrl_llm.{module}", config, f"--workdir={workdir}", *overrides]
+def arguments(workdir: Path, *overrides: str, arg: str = "") -> list[str]:
+    return [f"--config=tests/training/tiny_config.py:{arg}", f"--workdir={workdir}", *overrides]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """One device, and one compilation cache for all runs of the session."""
+    """One device, and one compilation cache for all runs."""
     cache = tmp_path_factory.mktemp("compiled")
     return os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",  # the last counts
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
 
 
-def run(environment, workdir: Path, *overrides: str, **options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(workdir, *overrides, **options),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def ask(environment) -> Iterator[Scripts]:
+    """ask(script, *arguments) -> its `Reply`."""
+    scripts = Scripts(ROOT, environment)
+    with scripts.process:
+        yield scripts
+    assert scripts.process.returncode == 0
+
+
+def train(ask: Scripts, workdir: Path, *overrides: str, arg: str = "") -> Reply:
+    return ask("train", *arguments(workdir, *overrides, arg=arg))
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -57,7 +61,7 @@ def rows(workdir: Path) -> list[dict]:
 def interrupt(environment, workdir: Path, number: int, at_step: int) -> tuple[int, str]:
     """Starts the run and sends a signal as soon as metrics.jsonl has the row of `at_step`."""
     process = subprocess.Popen(
-        command(workdir),
+        [sys.executable, "-m", "jaxrl_llm.train", *arguments(workdir)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -100,25 +104,25 @@ def comparable(workdir: Path) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="session")
-def whole(environment, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def whole(ask, tmp_path_factory) -> Path:
     """A run from start to end."""
     workdir = tmp_path_factory.mktemp("whole")
-    done = run(environment, workdir)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"accuracy at step {LAST}" in done.stdout and "gain" in done.stdout
+    code, out, err = train(ask, workdir)
+    assert code == 0, out + err
+    assert f"accuracy at step {LAST}" in out and "gain" in out
     return workdir
 
 
-def test_interrupted_run_equals_the_whole_one(environment, whole, tmp_path):
+def test_interrupted_run_equals_the_whole_one(environment, ask, whole, tmp_path):
     """SIGTERM, then kill -9, then to the end: params, optimizer, cursors, keys and metrics, exactly."""
     code, out = interrupt(environment, tmp_path, signal.SIGTERM, at_step=2)
     assert code == 0 and "the same command goes on from there" in out
     saved = rows(tmp_path)[-1]["step"]
     code, _ = interrupt(environment, tmp_path, signal.SIGKILL, at_step=saved + 2)
     assert code == -signal.SIGKILL
-    done = run(environment, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = train(ask, tmp_path)
+    assert code == 0, out + err
     one, other = arrays(whole), arrays(tmp_path)
     assert one.keys() == other.keys()
     for name in one:
@@ -153,61 +157,50 @@ def test_metrics_equal_what_the_dumped_completions_say(whole):
     assert [p.name for p in whole.glob("events.out.tfevents.*")]
 
 
-def test_export_and_the_other_binaries(environment, whole):
+def test_export_and_the_other_binaries(ask, whole):
     """The exported folder is the trained policy: both give the same evaluation."""
-    first = run(environment, whole, f"--out={whole}/a.json", module="evaluate")
-    assert first.returncode == 0, first.stderr
-    exported = [f"--config.model.path={whole}/export", "--config.tokenizer.kind=folder"]
-    second = subprocess.run(
-        [
-            *[a for a in command(whole, module="evaluate") if not a.startswith("--workdir")],
-            *exported,
-            "--config.tokenizer.alphabet=",
-            f"--out={whole}/b.json",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert second.returncode == 0, second.stderr
+    code, _, err = ask("evaluate", *arguments(whole, f"--out={whole}/a.json"))
+    assert code == 0, err
+    config, _ = arguments(whole)
+    exported = f"--config.model.path={whole}/export", "--config.tokenizer.kind=folder"
+    code, _, err = ask("evaluate", config, *exported, "--config.tokenizer.alphabet=", f"--out={whole}/b.json")
+    assert code == 0, err
     a, b = (json.loads((whole / f"{name}.json").read_text()) for name in "ab")
     assert a.pop("step") == LAST and b.pop("step") is None
     assert a == b and a["eval/accuracy"] == rows(whole)[-1]["eval/accuracy"]
-    sampled = run(environment, whole, "--prompt=Calculate 1 + 2.", "--count=3", module="sample")
-    assert sampled.returncode == 0 and len(sampled.stdout.splitlines()) >= 3, sampled.stderr
+    code, out, err = ask("sample", *arguments(whole, "--prompt=Calculate 1 + 2.", "--count=3"))
+    assert code == 0 and len(out.splitlines()) >= 3, err
 
 
-def test_another_config_is_refused_with_the_difference(environment, whole):
-    done = run(environment, whole, "--config.loss.epsilon=0.3", "--config.num_steps=5")
-    assert done.returncode != 0
-    assert "loss.epsilon: null -> 0.3" in done.stderr and "num_steps" not in done.stderr
-    assert "Traceback" not in done.stderr
+def test_another_config_is_refused_with_the_difference(ask, whole):
+    code, _, err = train(ask, whole, "--config.loss.epsilon=0.3", "--config.num_steps=5")
+    assert code != 0
+    assert "loss.epsilon: null -> 0.3" in err and "num_steps" not in err
+    assert "Traceback" not in err
 
 
-def test_nonfinite_updates_stop_the_run_with_the_last_good_state(environment, tmp_path):
-    done = run(
-        environment,
+def test_nonfinite_updates_stop_the_run_with_the_last_good_state(ask, tmp_path):
+    code, _, err = train(
+        ask,
         tmp_path,
         "--config.optimizer.learning_rate=1e38",
         "--config.train.max_nonfinite_steps=2",
         "--config.eval.every=0",
         "--config.num_steps=8",
     )
-    assert done.returncode != 0 and "2 updates in a row were not finite" in done.stderr, done.stderr
+    assert code != 0 and "2 updates in a row were not finite" in err, err
     last = rows(tmp_path)[-1]
     assert last["skipped_updates"] == 1  # the row of the step before the one that stopped the run
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == last["step"] + 1
 
 
-def test_methods_combined_by_config_alone_resume_too(environment, tmp_path):
+def test_methods_combined_by_config_alone_resume_too(ask, tmp_path):
     """HA-DW (whose belief is in the checkpoint), DynaMO and DGPO: three steps are two and one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for workdir, steps in ((whole, 3), (parts, 2), (parts, 3)):
-        done = run(environment, workdir, f"--config.num_steps={steps}", arg="composed")
-        assert done.returncode == 0, done.stdout + done.stderr
+        code, out, err = train(ask, workdir, f"--config.num_steps={steps}", arg="composed")
+        assert code == 0, out + err
     expected, got = arrays(whole, 5), arrays(parts, 5)
     assert expected.keys() == got.keys() and "['tracker/belief']" in expected
     for name, x in expected.items():
