@@ -6,7 +6,8 @@ r"""Serves a policy over HTTP, to whatever speaks OpenAI's API.
     curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"model": "policy", "prompt": "Calculate 12 + 7.", "max_tokens": 64}'
 
-Needs the extra `serve`. There are no keys and no users: whoever reaches the port may ask.
+Needs the extra `serve`, and `guided` for response_format. There are no keys and no users: whoever reaches the
+port may ask.
 """
 
 from absl import flags as absl_flags
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
         import uvicorn
 
         from jaxrl_llm.rollouts.serving import make_app
+        from jaxrl_llm.rollouts.serving_rules import serving_rules
     except ModuleNotFoundError as error:
         error.add_note("serving needs the extra 'serve': pip install -c constraints.txt -e '.[serve]'")
         flags.fail(error)
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> None:
     try:
         job = jobs.build(flags.config(), training=False, evaluation=False)
         params, _ = jobs.policy_params(job, flags.workdir(), _STEP.value)
-        engine = jobs.make_engine(job, params, slots=_SLOTS.value, max_length=_LENGTH.value)
+        rules = serving_rules(job.cfg.vocab_size, job.tokenizer.eos_ids)
+        engine = jobs.make_engine(job, params, slots=_SLOTS.value, max_length=_LENGTH.value, rules=rules)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         flags.fail(error)
     app = make_app(engine, job.tokenizer, model=_NAME.value)

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
         CheckpointError,
         ConfigMismatch,
         DegenerateBatch,
+        FloatingPointError,
         MalformedRow,
         RewardError,
         loop.NonFinite,

@@ -108,11 +108,13 @@ def bucket_length(n: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
-def ladder(limit: int, *, multiple_of: int = 128) -> tuple[int, ...]:
+def ladder(limit: int, *, multiple_of: int = 128, middles: bool = False) -> tuple[int, ...]:
     """Buckets up to `limit`: `multiple_of`, its doubles, and last `limit` itself rounded up to a multiple.
 
     >>> ladder(1000, multiple_of=128)
     (128, 256, 512, 1024)
+    >>> ladder(1000, multiple_of=128, middles=True)
+    (128, 256, 384, 512, 768, 1024)
     """
     if limit < 1 or multiple_of < 1:
         raise ValueError(f"limit={limit} and multiple_of={multiple_of} must be positive")
@@ -120,7 +122,8 @@ def ladder(limit: int, *, multiple_of: int = 128) -> tuple[int, ...]:
     rungs = [multiple_of]
     while rungs[-1] * 2 < top:
         rungs.append(rungs[-1] * 2)
-    return tuple(sorted({*rungs, top}))
+    between = [rung * 3 // 2 for rung in rungs[1:] if middles and rung * 3 // 2 < top]
+    return tuple(sorted({*rungs, *between, top}))
 
 
 def check_overlong(overlong: str) -> None:

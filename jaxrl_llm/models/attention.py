@@ -1,4 +1,4 @@
-"""Attention over explicit masks, and causal self-attention of whole rows. The kernels are JAX's own."""
+"""Attention over explicit masks, and self-attention of whole rows. The kernels are JAX's own."""
 
 from functools import partial
 
@@ -17,8 +17,9 @@ LANES = 128
 ATTENTION = "attention"
 """Name of attention's outputs for `jax.checkpoint` policies."""
 
-CHUNK, MOST_CHUNKS = 64, 8
-"""Queries that are attended together elsewhere, and how many such groups a row is cut into at most."""
+CHUNK, WIDE_CHUNK, MOST_CHUNKS = 64, 512, 8
+"""Queries that are attended together elsewhere (without causality cutting saves memory alone: wider groups),
+and how many such groups a row is cut into at most."""
 
 
 def causal_mask(
@@ -52,7 +53,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softca
     """softmax(cap(q·k·scale) where mask)·v with grouped queries; scores and softmax in float32.
 
     Args:
-      q: f[N, T, H, h];  k, v: f[N, S, K, h] with K dividing H;  mask: bool[N, 1, T, S].
+      q: f[N, T, H, h];  k, v: f[N, S, K, h] with K dividing H;  mask: bool[N, 1, T, S] (or 1 for N).
       scale: multiplies the scores.  softcap: c of c·tanh(score/c); None = off.
 
     Returns:
@@ -71,7 +72,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softca
     return (out / total).transpose(0, 3, 1, 2, 4).reshape(n, t, heads, width).astype(v.dtype)
 
 
-def causal_attention(
+def row_attention(
     q: Array,
     k: Array,
     v: Array,
@@ -83,8 +84,9 @@ def causal_attention(
     scale: float,
     softcap: float | None,
     rules: ShardingRules | None,
+    causal: bool = True,
 ) -> Array:
-    """Causal attention of the last T tokens of rows over all S, with a window where the layer is local.
+    """Attention of the last T tokens of rows over all S, with a window where the layer is local.
 
     On TPU this is JAX's splash-attention kernel, which never forms the T×T scores; elsewhere `attention`
     over a dense mask. The choice is made at lowering: a program compiled for a TPU gets the kernel wherever
@@ -98,22 +100,34 @@ def causal_attention(
       window: a token sees itself and window-1 tokens before it; None = all before it.
       scale, softcap: as `attention`.
       rules: how activations lie on the mesh in context; None = on one device.
+      causal: whether a token sees those before it alone, or its whole sequence (then padding is hidden only
+        by having a segment of its own).
 
     Returns:
       f[N, T, H, h] in q's dtype.
+
+    Raises:
+      ValueError: a window without causality.
     """
+    if not causal and window is not None:
+        raise ValueError(f"window={window} looks back only: bidirectional attention has none")
 
     def dense(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
     ) -> Array:
         queries, keys = q.shape[1], k.shape[1]
-        width = window if local is None or window is None else jnp.where(local, window, keys)
-        mask = causal_mask(positions, segments, width, queries)
-        size = max(CHUNK, -(-queries // MOST_CHUNKS))
+        if causal:
+            width = window if local is None or window is None else jnp.where(local, window, keys)
+            mask = causal_mask(positions, segments, width, queries)
+        elif segments is None:
+            mask = jnp.ones((1, 1, queries, keys), bool)
+        else:
+            mask = segments[:, None, keys - queries :, None] == segments[:, None, None, :]
+        size = max(CHUNK if causal else WIDE_CHUNK, -(-queries // MOST_CHUNKS))
         out = []
-        for begin in range(0, queries, size):  # keys after a query's chunk are never looked at
+        for begin in range(0, queries, size):  # causal: keys after a query's chunk are never looked at
             end = begin + size
-            last = keys - queries + end
+            last = keys - queries + end if causal else keys
             rows, seen = q[:, begin:end], mask[:, :, begin:end, :last]
             out.append(attention(rows, k[:, :last], v[:, :last], seen, scale=scale, softcap=softcap))
         return checkpoint_name(jnp.concatenate(out, axis=1), ATTENTION)
@@ -121,7 +135,7 @@ def causal_attention(
     def tpu(
         q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array | None
     ) -> Array:
-        run = partial(splash_rows, window=window, scale=scale, softcap=softcap)
+        run = partial(splash_rows, window=window, scale=scale, softcap=softcap, causal=causal)
         if rules is None:
             return run(q, k, v, segments, local)
         heads, kv_heads = (rules.spec(("batch", None, name, None)) for name in ("heads", "kv_heads"))
@@ -144,18 +158,19 @@ def splash_rows(
     window: int | None,
     scale: float,
     softcap: float | None,
+    causal: bool = True,
     interpret: bool = False,
 ) -> Array:
-    """`causal_attention` of the rows and heads of one TPU. Arguments and result are the same.
+    """`row_attention` of the rows and heads of one TPU. Arguments and result are the same.
 
     Args:
       interpret: emulate the kernel, to test it on other devices.
     """
     _, length, heads, _ = q.shape
     before = k.shape[1] - length
-    if before and segment_ids is None:
+    # after the last token causality hides padding, if there is any; elsewhere its segment does
+    if (before or not causal) and segment_ids is None:
         segment_ids = jnp.ones(k.shape[:2], jnp.int32)
-    # after the last token causality hides padding; before the first, its segment does
     room = -before % LANES, -length % LANES
     offset = before + room[0]
 
@@ -177,16 +192,17 @@ def splash_rows(
 
     segments = None
     if segment_ids is not None:
-        padded = jnp.pad(segment_ids, ((0, 0), room))
+        padded = jnp.pad(segment_ids, ((0, 0), room), constant_values=-1)
         segments = splash.SegmentIds(padded[:, offset:], padded)
 
     def run(window: int | None, q: Array, k: Array, v: Array) -> Array:
         shape = q.shape[2], k.shape[2]
-        one = (
-            splash.CausalMask(shape, offset)
-            if window is None
-            else splash.LocalMask(shape, (window - 1, 0), offset)
-        )
+        if not causal:
+            one: splash.Mask = splash.FullMask(shape)
+        elif window is None:
+            one = splash.CausalMask(shape, offset)
+        else:
+            one = splash.LocalMask(shape, (window - 1, 0), offset)
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([one] * heads),
             block_sizes=blocks,

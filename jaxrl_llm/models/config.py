@@ -1,4 +1,4 @@
-"""What shape a decoder has: one frozen dataclass for every family."""
+"""What shape a model has: one frozen dataclass for every family."""
 
 import dataclasses
 from typing import Literal
@@ -30,10 +30,12 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama 3, Qwen2/2.5, Qwen3, Mistral or Gemma 2/3 family.
+    """A decoder of the Llama 3, Qwen2/2.5, Qwen3, Mistral or Gemma 2/3 family, or a masked-diffusion LM of
+    the LLaDA or Dream family.
 
     Attributes:
-      family: Hugging Face `model_type` ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3_text').
+      family: Hugging Face `model_type` ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3_text',
+        'llada', 'Dream').
       vocab_size (V), hidden_size (D), num_layers (L), num_heads (H), num_kv_heads (K), head_dim (h),
         intermediate_size (F): sizes.
       max_position: longest sequence the model is declared for, in tokens.
@@ -51,6 +53,10 @@ class ModelConfig:
       layer_kinds: 'global' or 'local' per layer; empty = all global.
       rope: rotary embedding of global layers.
       rope_local: of local layers; None = the same.
+      causal: a token sees itself and those before it; False = the whole sequence.
+      mask_id: the token that stands where a masked-diffusion LM is to predict one; None = it has none.
+      logits_shift: of a masked-diffusion LM, 0 where the output at j predicts token j (LLaDA), 1 where that
+        at j - 1 does (Dream, which was made from a causal model).
     """
 
     family: str = "qwen3"
@@ -79,6 +85,9 @@ class ModelConfig:
     layer_kinds: tuple[str, ...] = ()
     rope: Rope = Rope()
     rope_local: Rope | None = None
+    causal: bool = True
+    mask_id: int | None = None
+    logits_shift: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -87,3 +96,42 @@ class ModelConfig:
             raise ValueError(f"layer_kinds has {len(self.layer_kinds)} entries for {self.num_layers} layers")
         if "local" in self.layer_kinds and self.window is None:
             raise ValueError("layer_kinds has local layers but window is None")
+        if self.causal and (self.mask_id is not None or self.logits_shift):
+            raise ValueError(
+                f"mask_id={self.mask_id} and logits_shift={self.logits_shift} describe a masked-diffusion "
+                "model: set causal=False"
+            )
+        if not self.causal and self.layer_kinds and set(self.layer_kinds) != {"global"}:
+            raise ValueError("causal=False takes no local layers: windows look back only")
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}")
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"logits_shift={self.logits_shift} must be 0 or 1")
+
+
+def require_causal(cfg: ModelConfig, task: str) -> None:
+    """Refuses a bidirectional model where tokens are to follow from those before them.
+
+    Raises:
+      ValueError: naming the task.
+    """
+    if not cfg.causal:
+        raise ValueError(
+            f"{task} needs a causal model; this one (family {cfg.family!r}, causal=False) predicts masked "
+            "tokens from both sides: use the diffusion decoders and losses"
+        )
+
+
+def require_denoiser(cfg: ModelConfig, task: str) -> None:
+    """Refuses a model that is no masked-diffusion LM.
+
+    Raises:
+      ValueError: naming the task.
+    """
+    if cfg.causal:
+        raise ValueError(
+            f"{task} needs a masked-diffusion model (as LLaDA or Dream); this one (family {cfg.family!r}) is "
+            "causal"
+        )
+    if cfg.mask_id is None:
+        raise ValueError(f"{task} needs a mask token; the config's mask_id is None: set it")

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.huggingface_config import check_describes, config_to_dict, text_config
-from jaxrl_llm.models.huggingface_names import Tensor, by_path, tensors
+from jaxrl_llm.models.huggingface_config import TRANSFORMERS_4, check_describes, config_to_dict, text_config
+from jaxrl_llm.models.huggingface_names import Tensor, by_path, name_of, tensors
 from jaxrl_llm.models.params import Tree, map_specs
 from jaxrl_llm.models.transformer import param_specs
 
@@ -68,10 +68,10 @@ def load(
         shardings = map_specs(lambda _: one_device, param_specs(cfg))
     with contextlib.ExitStack() as stack:
         found = _open(folder, cfg, stack)
-        copied_head = found.pop("lm_head.weight", None) if cfg.tied_head else None
+        copied_head = found.pop(name_of("head", cfg), None) if cfg.tied_head else None
         _check(folder, wanted, found)
         if copied_head is not None:
-            _check_tied(copied_head, found["model.embed_tokens.weight"])
+            _check_tied(copied_head, found[name_of("embed", cfg)])
         sources: dict[str, list[tuple[Tensor, Stored]]] = {}
         for name, tensor in wanted.items():
             sources.setdefault(tensor.path, []).append((tensor, found[name]))
@@ -93,6 +93,9 @@ def save(
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Writes config.json and safetensors files that transformers' AutoModelForCausalLM loads.
+
+    LLaDA and Dream load with the modeling code of their own repositories, which is not written here: copy it
+    into the folder, and pass the `hf_config` of theirs, whose `auto_map` names it.
 
     Everything is written under temporary names first, so a full disk leaves an earlier export as it was;
     config.json appears last, so a folder that has one is whole. With several processes all must call
@@ -118,7 +121,8 @@ def save(
     else:
         config = config_to_dict(cfg) | (hf_config or {})
     check_describes(config, cfg)
-    config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtypes["embed"].name}
+    dtype_keys = ("dtype", "torch_dtype") if cfg.family in TRANSFORMERS_4 else ("torch_dtype", "dtype")
+    config = {k: v for k, v in config.items() if k != dtype_keys[0]} | {dtype_keys[1]: dtypes["embed"].name}
 
     sizes = {name: math.prod(t.shape) * dtypes[t.path].itemsize for name, t in wanted.items()}
     shards: list[list[str]] = [[]]

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, Literal
 
 from jaxrl_llm.models.config import ModelConfig, Rope
+from jaxrl_llm.models.huggingface_diffusion import dream_from_qwen2, llada_from_dict, llada_to_dict, mask_id
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -14,8 +15,14 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "llada": "LLaDAModelLM",
+    "Dream": "DreamModel",
 }
-"""`model_type` -> the class in transformers. Of the multimodal 'gemma3', the text model is read."""
+"""`model_type` -> the class in transformers, or in LLaDA's and Dream's own code. Of the multimodal 'gemma3',
+the text model is read."""
+
+TRANSFORMERS_4 = ("llada", "Dream")
+"""Families whose own code reads the spelling of transformers 4."""
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 LAYER_KINDS = {"full_attention": "global", "sliding_attention": "local"}
@@ -85,8 +92,11 @@ def config_from_dict(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(ARCHITECTURES)}, gemma3")
     if config.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights are not supported; dequantise them first")
+    if family == "llada":
+        return llada_from_dict(config)
+    dream = family == "Dream"  # Qwen2 but for the mask
     hf = AutoConfig.for_model(
-        **json.loads(json.dumps(config))
+        **json.loads(json.dumps(config | {"model_type": "qwen2"} if dream else config))
     )  # a copy: transformers writes into nested dicts
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is not supported: attention is causal")
@@ -105,6 +115,8 @@ def config_from_dict(config: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"layer type {kind!r} is not supported; one of {', '.join(LAYER_KINDS)}")
     kinds = tuple(LAYER_KINDS[kind] for kind in types)
     has_local = "local" in kinds
+    if has_local and dream:
+        raise ValueError("use_sliding_window is not supported in a bidirectional model")
     if has_local and not window:
         raise ValueError("layer_types has sliding_attention but sliding_window is not set")
 
@@ -128,7 +140,7 @@ def config_from_dict(config: dict[str, Any]) -> ModelConfig:
         norm_plus_one=gemma,
         post_norms=gemma,
         qk_norm=family in ("qwen3", "gemma3_text"),
-        qkv_bias=attention_bias or family == "qwen2",
+        qkv_bias=attention_bias or family == "qwen2" or dream,
         out_bias=attention_bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         activation=ACTIVATIONS[activation],
@@ -141,11 +153,14 @@ def config_from_dict(config: dict[str, Any]) -> ModelConfig:
         layer_kinds=kinds if has_local else (),
         rope=rope,
         rope_local=rope_local,
+        causal=not dream,
+        mask_id=mask_id(config) if dream else None,
+        logits_shift=1 if dream else 0,
     )
 
 
 def config_to_dict(cfg: ModelConfig) -> dict[str, Any]:
-    """config.json for a model of ours, in the spelling of transformers 5.
+    """config.json for a model of ours, in the spelling of transformers 5 (LLaDA's and Dream's: of 4).
 
     The special token ids are null, not the family's defaults: the model does not know its tokenizer.
 
@@ -154,6 +169,8 @@ def config_to_dict(cfg: ModelConfig) -> dict[str, Any]:
     """
     if cfg.family not in ARCHITECTURES:
         raise ValueError(f"family {cfg.family!r} cannot be exported; one of {', '.join(ARCHITECTURES)}")
+    if cfg.family == "llada":
+        return llada_to_dict(cfg)
     hf_activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[cfg.activation]
     out: dict[str, Any] = {
         "architectures": [ARCHITECTURES[cfg.family]],
@@ -188,16 +205,16 @@ def config_to_dict(cfg: ModelConfig) -> dict[str, Any]:
     elif cfg.family != "llama":
         out["layer_types"] = types
         out["sliding_window"] = cfg.window
-    if cfg.family in ("qwen2", "qwen3"):
+    if cfg.family in ("qwen2", "qwen3", "Dream"):
         out["use_sliding_window"] = cfg.window is not None
-    if cfg.family not in ("qwen2", "mistral"):
+    if cfg.family not in ("qwen2", "mistral", "Dream"):
         out["attention_bias"] = cfg.out_bias
     if cfg.family == "llama":
         out["mlp_bias"] = cfg.mlp_bias
     if cfg.family == "gemma3_text":
         local = _rope_to_dict(cfg.rope_local or cfg.rope)
         out["rope_parameters"] = {"full_attention": out["rope_parameters"], "sliding_attention": local}
-    return out
+    return dream_from_qwen2(out, cfg.mask_id) if cfg.family == "Dream" else out
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

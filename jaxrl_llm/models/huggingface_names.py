@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.huggingface_diffusion import LLADA_NAMES
 from jaxrl_llm.models.params import ParamSpec, Tree
 from jaxrl_llm.models.transformer import param_specs
 
@@ -46,6 +47,7 @@ FAMILY_TABLE: dict[str, dict[str, tuple[str, int | None]]] = {
     }
     for family in ("gemma2", "gemma3_text")
 }
+FAMILY_TABLE["llada"] = LLADA_NAMES
 """What differs from `TABLE`, by family."""
 
 
@@ -64,6 +66,11 @@ class Tensor(NamedTuple):
             return self.own_shape
         outputs = math.prod(self.own_shape[self.inputs :])
         return (outputs, math.prod(self.own_shape[: self.inputs])) if self.inputs else (outputs,)
+
+
+def name_of(path: str, cfg: ModelConfig) -> str:
+    """The Hugging Face name of a parameter; '{}' in it stands for the layer."""
+    return (TABLE | FAMILY_TABLE.get(cfg.family, {}))[path][0]
 
 
 def tensors(cfg: ModelConfig) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxrl_kernels.linear_distribution import linear_collision
 from jaxrl_kernels.linear_logprob import linear_logprob
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, require_causal
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.parallel.sharding import ShardingRules, mesh_axes, mesh_in_context
 
@@ -56,7 +56,11 @@ def score(
 
     Returns:
       `Scores`.
+
+    Raises:
+      ValueError: a bidirectional model, which has no next-token log-probs.
     """
+    require_causal(cfg, "scoring each token given those before it")
     width = tokens.shape[1]
     hidden = transformer.forward(
         params,
@@ -142,7 +146,7 @@ def _scores(
         "temperature": jnp.repeat(jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), rows), size),
         "softcap": cfg.logit_softcap,
         "active": kept.reshape(-1),
-        **_mesh_axes(rules),
+        **logprob_axes(rules),
     }
     targets = jnp.take_along_axis(tokens, inside, axis=1).reshape(-1)
     stats = linear_logprob(*predictors, targets, **options)
@@ -157,7 +161,7 @@ def _scores(
     return Scores(place(stats.logp), place(stats.entropy), covariance)
 
 
-def _mesh_axes(rules: ShardingRules | None) -> dict[str, Any]:
+def logprob_axes(rules: ShardingRules | None) -> dict[str, Any]:
     """How `linear_logprob` is to cut rows and the vocabulary matrix on the mesh in context."""
     if rules is None:
         return {}

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models import rope as rotary
-from jaxrl_llm.models.attention import ATTENTION, causal_attention
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.attention import ATTENTION, row_attention
+from jaxrl_llm.models.config import ModelConfig, require_causal
 from jaxrl_llm.models.params import ParamSpec, Tree, map_specs
 from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 """(q [N,T,H,h], k [N,T,K,h], v [N,T,K,h]) -> [N,T,H,h]."""
+
+FEW = 128
+"""Rows up to which a product takes as long as reading its weight."""
 
 REMAT: dict[str, Any] = {
     "none": None,
@@ -122,6 +125,27 @@ def project(x: Array, weight: Array, bias: Array | None = None, *, inputs: int =
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+def project_fused(x: Array, weight: Array, bias: Array | None = None, *, inputs: int = 1) -> Array:
+    """As `project`, with a weight [*out, *in] from `fuse`."""
+    size = math.prod(weight.shape[weight.ndim - inputs :])
+    y = times_transposed(x.reshape(-1, size), weight.reshape(-1, size)).astype(x.dtype)
+    y = y.reshape(*x.shape[:-inputs], *weight.shape[: weight.ndim - inputs])
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def times_transposed(x: Array, weight: Array) -> Array:
+    """x f[B, D] times the transpose of weight f[N, D]: f32[B, N].
+
+    Of few rows with the weight on the left: the CPU's product the other way round takes up to twice as long,
+    and the compiler would turn this one round but for the barrier.
+    """
+    contract = (((1,), (1,)), ((), ()))
+    if len(x) > FEW:
+        return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(weight, x, contract, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(y).T
+
+
 def embed(
     params: Tree,
     tokens: Array,
@@ -149,7 +173,8 @@ def score_scale(cfg: ModelConfig) -> float:
 
 
 def fuse(layer: Tree) -> Tree:
-    """A layer's params with q, k, v in one matrix and gate, up in another: fewer, larger products.
+    """A layer's params with q, k, v in one matrix and gate, up in another, all as [*out, *in]: fewer, larger
+    products, and each output's weights lie together.
 
     For decoding, where a step is bound by reading weights; training keeps them apart so that each can
     be sharded by its own axis.
@@ -161,6 +186,9 @@ def fuse(layer: Tree) -> Tree:
         for suffix in ("", "_bias"):
             if parts[0] + suffix in layer:
                 out[fused + suffix] = jnp.concatenate([layer[part + suffix] for part in parts], axis=axis)
+    for name, inputs in (("qkv", 1), ("o", 2), ("gate_up", 1), ("down", 1)):
+        axes = range(out[name].ndim)
+        out[name] = out[name].transpose(*axes[inputs:], *axes[:inputs])
     return out
 
 
@@ -175,9 +203,11 @@ def block(layer: Tree, x: Array, cfg: ModelConfig, rope: tuple[Array, Array], at
     Returns:
       f[N, T, D].
     """
+    fused = "qkv" in layer
+    back = project_fused if fused else project
     y = rms_norm(x, layer["attn_norm"], cfg)
-    if "qkv" in layer:
-        qkv = project(y, layer["qkv"], layer.get("qkv_bias"))
+    if fused:
+        qkv = project_fused(y, layer["qkv"], layer.get("qkv_bias"))
         q, k, v = jnp.split(qkv, (cfg.num_heads, cfg.num_heads + cfg.num_kv_heads), axis=2)
     else:
         q = project(y, layer["q"], layer.get("q_bias"))
@@ -186,18 +216,18 @@ def block(layer: Tree, x: Array, cfg: ModelConfig, rope: tuple[Array, Array], at
     if cfg.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
     y = attend(rotary.rotate(q, *rope), rotary.rotate(k, *rope), v)
-    y = project(y, layer["o"], layer.get("o_bias"), inputs=2)
+    y = back(y, layer["o"], layer.get("o_bias"), inputs=2)
     x = x + (rms_norm(y, layer["post_attn_norm"], cfg) if cfg.post_norms else y)
 
     y = rms_norm(x, layer["mlp_norm"], cfg)
-    if "gate_up" in layer:
-        gate_up = project(y, layer["gate_up"], layer.get("gate_up_bias"))
+    if fused:
+        gate_up = project_fused(y, layer["gate_up"], layer.get("gate_up_bias"))
         gate, up = jnp.split(gate_up, 2, axis=-1)
     else:
         gate = project(y, layer["gate"], layer.get("gate_bias"))
         up = project(y, layer["up"], layer.get("up_bias"))
     y = up * (jax.nn.silu(gate) if cfg.activation == "silu" else jax.nn.gelu(gate, approximate=True))
-    y = project(y, layer["down"], layer.get("down_bias"))
+    y = back(y, layer["down"], layer.get("down_bias"))
     return x + (rms_norm(y, layer["post_mlp_norm"], cfg) if cfg.post_norms else y)
 
 
@@ -214,10 +244,13 @@ def forward(
 ) -> Array:
     """Hidden states after the final norm; `logits` or a fused log-prob turns them into predictions.
 
-    Rows are right-padded: padding comes after every real token, so the causal mask alone hides it.
+    Rows are right-padded: padding comes after every real token, so a causal mask alone hides it. A model
+    with cfg.causal=False looks ahead, so its padding needs a segment of its own.
 
     Args:
-      params: as `param_specs` describes.  tokens: i32[N, T].
+      params: as `param_specs` describes; or with a tuple of layers, each fused or not, which are unrolled
+        instead of scanned.
+      tokens: i32[N, T].
       positions: i32[N, T] within each sequence; None = 0..T-1.
       segment_ids: i32[N, T] of packed rows (0 = padding); None = one sequence per row.
       dtype: compute dtype; params are cast to it where they are used.
@@ -264,7 +297,11 @@ def forward_groups(
 
     Returns:
       Hidden states f[M, P, D] of the prompts and f[N, C, D] of the continuations.
+
+    Raises:
+      ValueError: a bidirectional model, whose prompts look at what continues them.
     """
+    require_causal(cfg, "a prompt that is computed once for a group")
     slots, width = prompts.shape[1], tokens.shape[1]
 
     def spread(x: Array) -> Array:
@@ -308,11 +345,11 @@ def _rope_of(ropes: dict[str, tuple[Array, Array]], local: Array) -> tuple[Array
 
 
 def _attend_row(cfg: ModelConfig, rules: ShardingRules | None) -> Callable[..., Array]:
-    """`causal_attention` of this model: (q, k, v, positions, segment_ids, local) -> f[N, T, H, h]."""
+    """`row_attention` of this model: (q, k, v, positions, segment_ids, local) -> f[N, T, H, h]."""
     kinds = set(cfg.layer_kinds)
 
     def attend(q: Array, k: Array, v: Array, positions: Array, segments: Array | None, local: Array) -> Array:
-        return causal_attention(
+        return row_attention(
             q,
             k,
             v,
@@ -323,6 +360,7 @@ def _attend_row(cfg: ModelConfig, rules: ShardingRules | None) -> Callable[..., 
             scale=score_scale(cfg),
             softcap=cfg.attention_softcap,
             rules=rules,
+            causal=cfg.causal,
         )
 
     return attend
@@ -339,6 +377,10 @@ def _scan_layers(
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     local = jnp.array([kind == "local" for kind in cfg.layer_kinds or ("global",) * cfg.num_layers])
+    if isinstance(params["layers"], tuple):
+        for index, weights in enumerate(params["layers"]):
+            x, _ = step(x, (weights, local[index]))
+        return x
     return jax.lax.scan(step, x, (params["layers"], local))[0]
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,21 +20,29 @@ DEFAULTS: dict[str, Any] = {
     "n": 1,
     "seed": None,
     "stop": (),
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,  # and so are this and min_tokens
+    "logit_bias": {},
+    "min_tokens": 0,
+    "response_format": {"type": "text"},
     "stream": False,
     "stream_options": {},
     "model": None,
 }
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
 OFF: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "top_logprobs": (0,),
     "tools": ([],),
-    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
 }
 """What is not offered, with the values at which it asks for nothing."""
 
@@ -55,12 +65,33 @@ class BadRequest(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Controls:
+    """What rules of decoding are to do; the defaults are nothing.
+
+    Attributes:
+      presence_penalty, frequency_penalty, repetition_penalty: as `sampling.rules.penalty_rule`.
+      logit_bias: what is added to the logits of tokens (nats).
+      min_tokens: how many are written before an EOS may be. (Stop strings end a completion all the same.)
+      response_format: {"type": "text"}, {"type": "json_object"}, or
+        {"type": "json_schema", "json_schema": {"schema": ...}}.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    min_tokens: int = 0
+    response_format: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "text"})
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """What a client asks for.
 
     Attributes:
       chat: whether it is a chat completion.
-      requests: by choice: n for each prompt, prompts in order.
+      requests: by choice: `n` for each prompt, prompts in order; without states of rules.
+      controls: what those states are to do.
       prompt_tokens: of all prompts, each counted once.
       stops: strings that end a completion and do not belong to it.
       logprobs: whether log-probs are to be returned.
@@ -69,6 +100,8 @@ class Call:
 
     chat: bool
     requests: list[Request]
+    n: int
+    controls: Controls
     prompt_tokens: int
     stops: tuple[str, ...]
     logprobs: bool
@@ -136,6 +169,8 @@ def read_call(body: Any, tokenizer: Tokenizer, *, chat: bool, model: str, max_le
     return Call(
         chat,
         requests,
+        n,
+        _controls(p, min(request.max_new_tokens for request in requests)),
         sum(map(len, prompts)),
         stops,
         _logprobs(p, chat),
@@ -144,10 +179,59 @@ def read_call(body: Any, tokenizer: Tokenizer, *, chat: bool, model: str, max_le
     )
 
 
-def _number(p: Mapping[str, Any], name: str) -> float:
-    if isinstance(p[name], bool) or not isinstance(p[name], int | float):
-        raise BadRequest(f"{name}={p[name]!r} must be a number", name)
-    return float(p[name])
+def _controls(p: Mapping[str, Any], room: int) -> Controls:
+    """Of completions of up to `room` tokens."""
+    repetition = _number(p, "repetition_penalty")
+    if not 0 < repetition < math.inf:
+        raise BadRequest(
+            f"repetition_penalty={repetition} must be a finite number above 0 (1 = off)", "repetition_penalty"
+        )
+    least, form = _whole(p, "min_tokens", 0, room), _response_format(p["response_format"])
+    if least and form["type"] != "text":
+        raise BadRequest(
+            f"min_tokens={least} with a response_format, which may have to end before: leave one out",
+            "min_tokens",
+        )
+    return Controls(
+        _number(p, "presence_penalty", -2, 2),
+        _number(p, "frequency_penalty", -2, 2),
+        repetition,
+        _bias(p["logit_bias"]),
+        least,
+        form,
+    )
+
+
+def _bias(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping) or not all(re.fullmatch("[0-9]{1,9}", x) for x in given):
+        raise BadRequest(f"logit_bias={given!r:.200} must map ids of tokens to numbers", "logit_bias")
+    try:
+        return {int(token): _number(given, token, -100, 100) for token in given}
+    except BadRequest as error:
+        raise BadRequest(f"logit_bias: {error}", "logit_bias") from error
+
+
+def _response_format(form: Any) -> Mapping[str, Any]:
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    inner = form.get("json_schema") if kind == "json_schema" else None
+    if kind in ("text", "json_object"):
+        return {"type": kind}
+    if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
+        return form
+    raise BadRequest(
+        f'response_format={form!r:.200} must be {{"type": "text"}}, {{"type": "json_object"}} or '
+        '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}',
+        "response_format",
+    )
+
+
+def _number(p: Mapping[str, Any], name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    value = p[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRequest(f"{name}={value!r} must be a number", name)
+    if not low <= value <= high and (low, high) != (-math.inf, math.inf):
+        raise BadRequest(f"{name}={value!r} must be a number from {low} to {high}", name)
+    return float(value)
 
 
 def _whole(p: Mapping[str, Any], name: str, low: int, high: int) -> int:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.data.prompts import bucket_length
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules
 from jaxrl_llm.sampling import prefixes
 from jaxrl_llm.sampling.prefixes import Prefix
 
@@ -69,6 +71,7 @@ class Contexts:
       widths: numbers of columns that a longer prefix is kept in, ascending.
       remember: columns that are remembered.
       int8_cache: whether prefixes are in int8.
+      sharding: as `prefixes.prefill`.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class Contexts:
         remember: int,
         *,
         int8_cache: bool = False,
+        sharding: ShardingRules | None = None,
     ):
-        self.prepared, self.cfg, self.int8_cache = prepared, cfg, int8_cache
+        self.prepared, self.cfg, self.int8_cache, self.sharding = prepared, cfg, int8_cache, sharding
         self.buckets, self.widths = tuple(sorted(buckets)), tuple(widths)
         self.remembered = Remembered(remember)
 
@@ -98,7 +102,7 @@ class Contexts:
             name = tokens.tobytes()
             size, prefix = self.remembered.find(tokens)
             if size == 0 and len(tokens) <= self.buckets[-1]:
-                fresh.setdefault(least(len(tokens), self.buckets), {})[name] = tokens
+                fresh.setdefault(bucket_length(len(tokens), self.buckets), {})[name] = tokens
             elif name not in out:
                 out[name] = self._extend(prefix, tokens, size)
         for bucket, group in fresh.items():
@@ -115,16 +119,16 @@ class Contexts:
 
     def keep(self, tokens: np.ndarray, prefix: Prefix) -> None:
         """Remembers i32[n] `tokens` for contexts that continue them."""
-        prefix = prefixes.trim(prefix, columns=least(len(tokens), self.widths))
+        prefix = prefixes.trim(prefix, columns=bucket_length(len(tokens), self.widths))
         self.remembered.put(tokens, prefix, to_continue=True)
 
     def _extend(self, prefix: Prefix | None, tokens: np.ndarray, size: int) -> Prefix:
         """Reads what comes after the first `size` tokens, in pieces of the longest bucket."""
         while prefix is None or size < len(tokens):
             part = tokens[size : size + self.buckets[-1]]
-            prefix = self._prefill(prefix, [part], least(len(part), self.buckets))
+            prefix = self._prefill(prefix, [part], bucket_length(len(part), self.buckets))
             size += len(part)
-            prefix = prefixes.trim(prefix, columns=least(size, self.widths))
+            prefix = prefixes.trim(prefix, columns=bucket_length(size, self.widths))
         return prefix
 
     def _prefill(self, past: Prefix | None, rows: list[np.ndarray], bucket: int) -> Prefix:
@@ -139,17 +143,5 @@ class Contexts:
             jnp.asarray(counts),
             self.cfg,
             int8_cache=self.int8_cache,
+            sharding=self.sharding,
         )
-
-
-def least(size: int, ladder: Sequence[int]) -> int:
-    """The first step of the ladder that is at least `size`."""
-    return next(width for width in ladder if width >= size)
-
-
-def doubling(first: int, last: int) -> list[int]:
-    """first, 2·first, … up to `last`."""
-    out = [min(first, last)]
-    while out[-1] < last:
-        out.append(min(2 * out[-1], last))
-    return out

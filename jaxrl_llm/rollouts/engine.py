@@ -26,9 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.data.prompts import bucket_length, ladder
+from jaxrl_llm.models.config import ModelConfig, require_causal
 from jaxrl_llm.models.params import Tree
-from jaxrl_llm.rollouts.contexts import Contexts, doubling, least
+from jaxrl_llm.parallel.sharding import ShardingRules
+from jaxrl_llm.rollouts.contexts import Contexts
 from jaxrl_llm.rollouts.requests import Completion, Request, Ticket, trajectories
 from jaxrl_llm.sampling import slots as device
 from jaxrl_llm.sampling.logits import Sampling, check_sampling
@@ -48,19 +50,23 @@ class Engine:
       max_length: tokens of a context with what is written after it, at most.
       key: of all draws.
       stop_ids: tokens that end a completion and belong to it.
-      block: steps between two looks at the device, and columns of a block of the cache.
+      block: steps between two looks at the device, and columns of a block of the cache; None = 32, or 128
+        for contexts of more than 1024 tokens.
+      widths: numbers of columns that the slots may have, all of them as many as the longest needs: multiples
+        of `block`, a program each. None = block · (1, 2, 3, 4, 6, 8, 12, ...).
       rules: of decoding, applied in order.
       remember: columns of cache for contexts that further requests may begin with.
       buckets: lengths that prompts are padded to; longer ones are read in pieces of the longest.
       int8_cache: keys and values in int8, a quarter of the memory of float32. What is drawn is then a
         little off the trainer's distribution, and `behaviour_logp` says what it was drawn from.
       version: of the params.
+      sharding: how slots (as batch rows) and heads lie on the mesh in context; None = on one device.
 
     Attributes:
       counts: how many requests ended for which reason, and how many were refused.
 
     Raises:
-      ValueError: a size below 1, or a stop token outside the vocabulary.
+      ValueError: a size below 1, a stop token outside the vocabulary, or a bidirectional model.
     """
 
     def __init__(
@@ -72,13 +78,18 @@ class Engine:
         max_length: int,
         key: jax.Array,
         stop_ids: Sequence[int] = (),
-        block: int = 32,
+        block: int | None = None,
+        widths: Sequence[int] | None = None,
         rules: Rules = (),
         remember: int = 8192,
         buckets: Sequence[int] = (32, 64, 128, 256, 512),
         int8_cache: bool = False,
         version: int = 0,
+        sharding: ShardingRules | None = None,
     ):
+        require_causal(cfg, "autoregressive sampling")
+        if block is None:
+            block = 32 if max_length <= 1024 else 128
         for name, size in (("slots", slots), ("max_length", max_length), ("block", block)):
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
@@ -90,13 +101,19 @@ class Engine:
         self.prepared, self.cfg, self.key, self.version = prepared, cfg, key, version
         self.max_length, self.block, self.rules = max_length, block, rules
         self.stop_ids = jnp.asarray([*stop_ids, -1], jnp.int32)
-        self.widths = tuple(doubling(*(-(-size // block) * block for size in (64, max_length))))
+        if widths is None:
+            widths = ladder(max_length, multiple_of=block, middles=True)
+        if any(width < 1 or width % block for width in widths) or max(widths, default=0) < max_length:
+            raise ValueError(
+                f"widths={tuple(widths)} must be multiples of block={block}, and one at least "
+                f"max_length={max_length}"
+            )
+        self.widths = tuple(sorted(widths))
         dtype = prepared["final_norm"].dtype
-        self.free_slots = partial(
-            device.empty, cfg, slots, self.widths[0], block, dtype, rules, int8_cache=int8_cache
-        )
+        options: dict[str, Any] = {"int8_cache": int8_cache, "sharding": sharding}
+        self.free_slots = partial(device.empty, cfg, slots, self.widths[0], block, dtype, rules, **options)
         self.slots: Slots = self.free_slots()
-        self.contexts = Contexts(prepared, cfg, buckets, self.widths, remember, int8_cache=int8_cache)
+        self.contexts = Contexts(prepared, cfg, buckets, self.widths, remember, **options)
         self.waiting: collections.deque[Ticket] = collections.deque()
         self.running: dict[int, Ticket] = {}
         self.numbers = itertools.count()
@@ -159,6 +176,33 @@ class Engine:
             for (slot, ticket), prefix in zip(self.running.items(), prefixes):
                 rules = jax.tree.map(lambda x, slot=slot: x[slot], self.slots.rules)
                 self._place(slot, ticket, prefix, rules)
+
+    def warm_up(self) -> None:
+        """Compiles what requests of any length need, so that none has to wait for the compiler.
+
+        Raises:
+          RuntimeError: requests are being served.
+        """
+        with self.busy:
+            if self.running:
+                raise RuntimeError(f"{len(self.running)} requests are running: warm up an engine before")
+            *_, longest = buckets = self.contexts.buckets
+            whole = range(0, self.max_length, longest)  # what is read in pieces before the last bucket
+            sizes = {before + bucket for before in whole for bucket in buckets}
+            contexts = [np.zeros(size, np.int32) for size in sorted(sizes) if size <= self.widths[-1]]
+            prefixes = self.contexts.read(contexts)
+            self.contexts.remembered.clear()
+            nothing = Ticket(Request([0], 1), 0, None)
+            for width in self.widths:
+                self._widen(width)
+                for prefix in prefixes:
+                    self._place(0, nothing, prefix, self.neutral)
+                self.slots = device.release(self.slots, jnp.asarray(np.ones(len(self.slots.lengths), bool)))
+                self.slots, _ = device.decode(
+                    self.prepared, self.slots, self.key, self.stop_ids, self.cfg, rules=self.rules
+                )
+                self.slots = device.with_blocks(self.slots, -1, 1)
+            self._narrow(self.widths[0])
 
     def step(self) -> list[Ticket]:
         """One round. Returns the tickets that it completed.
@@ -335,19 +379,25 @@ class Engine:
         self.slots = device.place(self.slots, prefix, jnp.int32(slot), left, jnp.int32(uid), sampling, rules)
 
     def _make_room(self) -> None:
-        """Frees the last columns for the next chunk, in a width that holds what is running.
-
-        Slots get wider when they must, and narrower when a quarter of them would do.
-        """
+        """Frees the last columns for the next chunk, in the least width that holds what is running."""
         longest = max((len(t.tokens) + t.written for t in self.running.values()), default=0)
-        now = self.slots.columns + self.spent * self.block
-        width = least(longest, self.widths)
-        wide = max((step for step in self.widths if step <= now), default=width)
-        width = wide if width < wide < 4 * width else width
-        if self.spent or width != now:
-            before = (width - now) // self.block
-            self.slots = device.with_blocks(self.slots, before, int(self.spent))
+        width = bucket_length(longest, self.widths)
+        self._widen(width)
+        if self.spent:
+            self.slots = device.with_blocks(self.slots, -1, 1)
             self.spent = False
+        self._narrow(width)
+
+    def _widen(self, width: int) -> None:
+        """Rung by rung, as `_narrow`: each pair of neighbours is a program."""
+        while (now := self.slots.columns) < width:
+            wider = self.widths[self.widths.index(now) + 1]
+            self.slots = device.with_blocks(self.slots, (wider - now) // self.block, 0)
+
+    def _narrow(self, width: int) -> None:
+        while (now := self.slots.columns) > width:
+            narrower = self.widths[self.widths.index(now) - 1]
+            self.slots = device.with_blocks(self.slots, (narrower - now) // self.block, 0)
 
 
 def _end(ticket: Ticket, stopped: bool, failed: bool) -> tuple[str | None, int | None, str | None]:

@@ -112,6 +112,46 @@ def start(seed: int, size: int) -> Schedule:
     return Schedule(Cursor(seed), np.zeros(size, np.int64), np.zeros(size, np.int64))
 
 
+def allocate(
+    successes: ArrayLike,
+    trials: ArrayLike,
+    total: int,
+    *,
+    rule: str | Allocation = "dynamo",
+    low: int = 4,
+    high: int = 24,
+    **options: Any,
+) -> Counts:
+    """How many rollouts each of M prompts gets: i64[M], which add up to `total` exactly.
+
+    Args:
+      successes, trials: i[M] so far.
+      total: rollouts to give.
+      rule: a name in `ALLOCATIONS`, or a function like those.
+      low, high: bounds of each prompt's rollouts.
+      options: of the rule.
+
+    Raises:
+      ValueError: no prompts, an unknown rule, a total that the bounds do not allow, or what the rule refuses.
+    """
+    won, tried = np.asarray(successes, np.int64), np.asarray(trials, np.int64)
+    if isinstance(rule, str) and rule not in ALLOCATIONS:
+        raise ValueError(f"unknown rule {rule!r}; one of {', '.join(ALLOCATIONS)}")
+    size = len(tried)
+    if size < 1 or not size * low <= total <= size * high:
+        raise ValueError(
+            f"total={total} is not between {size}·{low} and {size}·{high} rollouts: change it, "
+            "the number of prompts, or the bounds low and high"
+        )
+    function = ALLOCATIONS[rule] if isinstance(rule, str) else rule
+    counts = np.asarray(function(won, tried, total, low=low, high=high, **options), np.int64)
+    if counts.shape != tried.shape or counts.sum() != total or np.any((counts < low) | (counts > high)):
+        raise ValueError(
+            f"the rule gave {counts.tolist()}, not {size} numbers from {low} to {high} that add up to {total}"
+        )
+    return counts
+
+
 def next_batch(
     schedule: Schedule,
     num_prompts: int,
@@ -137,24 +177,10 @@ def next_batch(
     Raises:
       ValueError: an unknown rule, a total that the bounds do not allow, or what the rule refuses.
     """
-    if isinstance(rule, str) and rule not in ALLOCATIONS:
-        raise ValueError(f"unknown rule {rule!r}; one of {', '.join(ALLOCATIONS)}")
-    if num_prompts < 1 or not num_prompts * low <= total <= num_prompts * high:
-        raise ValueError(
-            f"total={total} is not between {num_prompts}·{low} and {num_prompts}·{high} rollouts: change it, "
-            "the number of prompts, or the bounds low and high"
-        )
     prompts, cursor = take(schedule.cursor, num_prompts, len(schedule.trials))
-    allocate = ALLOCATIONS[rule] if isinstance(rule, str) else rule
-    counts = np.asarray(
-        allocate(schedule.successes[prompts], schedule.trials[prompts], total, low=low, high=high, **options),
-        np.int64,
+    counts = allocate(
+        schedule.successes[prompts], schedule.trials[prompts], total, rule=rule, low=low, high=high, **options
     )
-    if counts.shape != prompts.shape or counts.sum() != total or np.any((counts < low) | (counts > high)):
-        raise ValueError(
-            f"the rule gave {counts.tolist()}, not {num_prompts} numbers from {low} to {high} that add up to "
-            f"{total}"
-        )
     return Batch(prompts, counts), dataclasses.replace(schedule, cursor=cursor)
 
 

@@ -4,12 +4,14 @@
     POST  /v1/completions         prompt: text, token ids, or a list of either
     POST  /v1/chat/completions    messages, by the tokenizer's chat template
 
-Offered: max_tokens, temperature, top_p, n, stop, seed, stream, logprobs; and top_k and min_p. What is not
-offered is refused, not ignored. A client that goes away cancels what it asked for.
+Offered: max_tokens, temperature, top_p, n, stop, seed, stream, logprobs; and top_k and min_p. If the engine
+has `serving_rules`: presence_penalty, frequency_penalty, logit_bias, response_format (schemas as far as
+`sampling.json_schemas` knows them); and repetition_penalty and min_tokens. What is not offered is refused,
+not ignored. A client that goes away cancels what it asked for.
 
-`logprob` is the model's own, whatever the sampling parameters. Beside it stand `token_id` and
-`behaviour_logprob`, of the distribution that was drawn from. A `seed` with the same engine gives the same
-tokens.
+`logprob` is the model's own, whatever the sampling parameters and rules. Beside it stand `token_id` and
+`behaviour_logprob`, of the distribution that was drawn from. `text_offset` counts characters from the
+completion's beginning. A `seed` with the same engine gives the same tokens.
 """
 
 import asyncio
@@ -29,7 +31,8 @@ from starlette.routing import Route
 from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.completion_api import BadRequest, Call, read_call, spelled
 from jaxrl_llm.rollouts.engine import Completion, Engine
-from jaxrl_llm.rollouts.streaming import TextStream
+from jaxrl_llm.rollouts.serving_rules import RowRules
+from jaxrl_llm.rollouts.streaming import Offsets, TextStream
 
 Json = dict[str, Any]
 
@@ -47,11 +50,12 @@ def make_app(engine: Engine, tokenizer: Tokenizer, *, model: str) -> Starlette:
     """The server.
 
     Args:
-      engine: that does the work; others may use it too.
+      engine: that does the work; others may use it too. Its rules decide what is offered.
       tokenizer: of its model.
       model: the name under which it is served.
     """
     served = Served(engine, tokenizer, spelled(tokenizer))
+    rules = RowRules(engine, tokenizer)
     numbers = itertools.count()
     started = int(time.time())
 
@@ -68,6 +72,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, *, model: str) -> Starlette:
             call = read_call(body, tokenizer, chat=chat, model=model, max_length=engine.max_length)
             for request in call.requests:  # before the first is served
                 engine.check(request)
+            call = await asyncio.to_thread(rules.ruled, call)
         except BadRequest as error:
             engine.counts["refused"] += 1
             return refusal(str(error), error.param, error.status)
@@ -150,6 +155,7 @@ async def _pieces(engine: Engine, call: Call) -> AsyncGenerator[tuple[int, Compl
 async def _whole(served: Served, call: Call, head: Json) -> Response:
     """All choices in one response."""
     texts = [TextStream(served.tokenizer, call.stops) for _ in call.requests]
+    offsets = [Offsets() for _ in texts]
     written = [""] * len(texts)
     entries: list[list[Json]] = [[] for _ in texts]
     reasons = [""] * len(texts)
@@ -168,7 +174,7 @@ async def _whole(served: Served, call: Call, head: Json) -> Response:
                 if call.chat
                 else {"text": written[index]}
             ),
-            "logprobs": _logprobs(entries[index], call),
+            "logprobs": _logprobs(entries[index], call, offsets[index]),
             "finish_reason": reasons[index],
         }
         for index in range(len(texts))
@@ -182,6 +188,7 @@ async def _events(served: Served, call: Call, head: Json) -> AsyncIterator[str]:
     """Server-sent events: what is new of a choice in each."""
     head = head | {"object": "chat.completion.chunk" if call.chat else "text_completion"}
     texts = [TextStream(served.tokenizer, call.stops) for _ in call.requests]
+    offsets = [Offsets() for _ in texts]
     started = [False] * len(texts)
     count = 0
     try:
@@ -196,7 +203,7 @@ async def _events(served: Served, call: Call, head: Json) -> AsyncIterator[str]:
                 choice = {
                     "index": index,
                     **({"delta": role | {"content": text}} if call.chat else {"text": text}),
-                    "logprobs": _logprobs(_entries(served, piece), call),
+                    "logprobs": _logprobs(_entries(served, piece), call, offsets[index]),
                     "finish_reason": piece.reason or None,
                 }
                 yield _event(head | {"choices": [choice]})
@@ -241,7 +248,8 @@ def _entries(served: Served, piece: Completion) -> list[Json]:
     ]
 
 
-def _logprobs(entries: list[Json], call: Call) -> Json | None:
+def _logprobs(entries: list[Json], call: Call, offsets: Offsets) -> Json | None:
+    """Of the tokens that follow those before, as the endpoint tells it."""
     if not call.logprobs:
         return None
     if call.chat:
@@ -250,6 +258,7 @@ def _logprobs(entries: list[Json], call: Call) -> Json | None:
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": None,
+        "text_offset": [offsets.push(bytes(entry["bytes"] or entry["token"].encode())) for entry in entries],
         "token_ids": [entry["token_id"] for entry in entries],
         "behaviour_logprobs": [entry["behaviour_logprob"] for entry in entries],
     }

@@ -12,8 +12,9 @@ from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.parallel.sharding import ShardingRules
+from jaxrl_llm.rollouts.engine import Engine, Request, trajectories
 from jaxrl_llm.sampling.autoregressive import generate
-from jaxrl_llm.sampling.logits import sampling_params
+from jaxrl_llm.sampling.logits import Sampling, sampling_params
 from jaxrl_llm.trajectory import Trajectories
 
 
@@ -25,6 +26,7 @@ class Settings:
       max_prompt_length, max_completion_length: tokens.
       num_generations: completions per prompt.
       stop_strings: texts that end a completion (and stay in it).
+      slots: completions that are written side by side, each free slot taking the next; 0 = all together.
       prompt_bucket: prompts are padded to a multiple of this, times a power of two.
     """
 
@@ -36,6 +38,7 @@ class Settings:
     top_k: int = 0
     min_p: float = 0.0
     stop_strings: tuple[str, ...] = ()
+    slots: int = 0
     prompt_bucket: int = 64
 
 
@@ -89,47 +92,85 @@ def rollout(
     key: jax.Array,
     first_uid: int,
     policy_version: int = 0,
+    counts: Sequence[int] | None = None,
     rules: ShardingRules | None = None,
 ) -> Rollout:
-    """Samples `settings.num_generations` completions of every prompt.
+    """Samples completions of every prompt: the same tokens whatever `settings.slots` says.
 
     Args:
       prepared: from `sampling.autoregressive.prepare`.
-      prompts: M prompts; row i·G + j of the result continues prompt i.
+      prompts: M prompts; their rows follow one another in the result, group i of prompt i.
       key, first_uid: rows are numbered from `first_uid`; a row's draws depend on key and number alone.
       policy_version: written to every token.
+      counts: M numbers of completions, one per prompt; None = `settings.num_generations` each.
       rules: how rows and heads lie on the mesh in context; None = one device.
+
+    Raises:
+      ValueError: counts that differ without slots.
     """
-    rows = len(prompts) * settings.num_generations
-    slots = bucket_length(
+    counts = [settings.num_generations] * len(prompts) if counts is None else counts
+    rows = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    uids = (first_uid + np.arange(len(rows))) % 2**31
+    columns = bucket_length(
         max(len(p.ids) for p in prompts),
         ladder(
             settings.max_prompt_length, multiple_of=min(settings.prompt_bucket, settings.max_prompt_length)
         ),
     )
-    tokens, lengths = pad([p.ids for p in prompts], length=slots)
-    trajectories = generate(
-        prepared,
-        cfg,
-        tokens,
-        lengths,
-        num_generations=settings.num_generations,
-        max_new_tokens=settings.max_completion_length,
-        sampling=sampling_params(
-            rows,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-        ),
-        key=key,
-        uids=(first_uid + np.arange(rows)) % 2**31,
-        stop_ids=tokenizer.eos_ids,
-        policy_version=policy_version,
-        find_stop=stop_finder(tokenizer, settings.stop_strings),
-        rules=rules,
-    )
-    return with_texts(trajectories, [p for p in prompts for _ in range(settings.num_generations)], tokenizer)
+    find_stop = stop_finder(tokenizer, settings.stop_strings)
+    choices = {name: getattr(settings, name) for name in Sampling._fields}
+    if settings.slots:
+        # an engine for this call alone: it cannot serve what older params have read, and its cache does not
+        # stand beside the activations of an update
+        engine = Engine(
+            prepared,
+            cfg,
+            slots=settings.slots,
+            max_length=settings.max_prompt_length + settings.max_completion_length,
+            key=key,
+            stop_ids=tokenizer.eos_ids,
+            version=policy_version,
+            sharding=rules,
+        )
+        requests = [
+            Request(p.ids, settings.max_completion_length, uid=int(uid), find_stop=find_stop, **choices)
+            for p, uid in zip(rows, uids)
+        ]
+        out = trajectories(
+            requests,
+            engine.generate(requests),
+            group=np.repeat(np.arange(len(prompts)), counts).tolist(),
+            width=columns + settings.max_completion_length,
+        )
+    else:
+        if len(set(counts)) > 1:
+            raise ValueError(f"counts={list(counts)} that differ need an engine: set slots (rollout.slots)")
+        tokens, lengths = pad([p.ids for p in prompts], length=columns)
+        out = generate(
+            prepared,
+            cfg,
+            tokens,
+            lengths,
+            num_generations=counts[0],
+            max_new_tokens=settings.max_completion_length,
+            sampling=sampling_params(len(rows), **choices),
+            key=key,
+            uids=uids,
+            stop_ids=tokenizer.eos_ids,
+            policy_version=policy_version,
+            find_stop=find_stop,
+            rules=rules,
+        )
+    return with_texts(out, rows, tokenizer)
+
+
+def failed_rows(rollout: Rollout, settings: Settings) -> np.ndarray:
+    """bool[N]: completions that the engine had to break off, because of logits that are NaN or infinite.
+
+    They are neither at an end of their own nor as long as they may be.
+    """
+    written = np.array([len(ids) for ids in rollout.completion_ids])
+    return ~np.asarray(rollout.trajectories.finished) & (written < settings.max_completion_length)
 
 
 def with_texts(trajectories: Trajectories, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollout:

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.attention import attention, causal_mask
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, require_causal
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 from jaxrl_llm.sampling.logits import Sampling, row_uniforms, sample
@@ -107,7 +107,11 @@ def prefill(
 
     Returns:
       `State` of B = M·G rows.
+
+    Raises:
+      ValueError: a bidirectional model.
     """
+    require_causal(cfg, "autoregressive sampling")
     dtype = prepared["final_norm"].dtype
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ropes = transformer.rope_tables(cfg, positions)
@@ -257,14 +261,8 @@ def _advance(
 
 
 def next_logits(prepared: Tree, hidden: Array, cfg: ModelConfig) -> Array:
-    """hidden f[B, D] -> f32[B, V].
-
-    With the vocabulary matrix on the left, as it is stored: for few rows the CPU's product the other way
-    round takes a third longer, and the compiler would turn this one round but for the barrier.
-    """
-    columns = jax.lax.optimization_barrier(hidden.T)
-    out = jnp.dot(transformer.head(prepared), columns, preferred_element_type=jnp.float32)
-    return transformer.cap_logits(jax.lax.optimization_barrier(out).T, cfg)
+    """hidden f[B, D] -> f32[B, V]."""
+    return transformer.cap_logits(transformer.times_transposed(hidden, transformer.head(prepared)), cfg)
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
@@ -397,14 +395,14 @@ def generate(
       stop_ids: tokens that end a completion and belong to it.
       policy_version: written to every token.
       find_stop: given a row's new token ids i32[n], how many of them to keep if a stop string ends the
-        row, else None. Called on the host every `check_every` tokens for rows that still run.
+        row, else None. Called on the host every `check_every` tokens for rows that have drawn since.
       rules: how rows and heads lie on the mesh in context; None = on the default device.
 
     Returns:
       `Trajectories` of M·G rows and P + C columns.
 
     Raises:
-      ValueError: an empty prompt, or arguments of the wrong length.
+      ValueError: an empty prompt, arguments of the wrong length, or a bidirectional model.
     """
     count = len(prompts)
     if np.min(prompt_lengths) < 1:
@@ -438,9 +436,10 @@ def generate(
         while step < room:
             step = min(step + check_every, room) if find_stop else room
             until = jnp.asarray(step, jnp.int32)
+            live = ~state.done
             state = decode(prepared, state, sampling, uniforms, ids, until, cfg)
             if find_stop is not None:
-                state = _stop_strings(state, find_stop)
+                state = _stop_strings(state, find_stop, live)
         if bool(jnp.all(state.done)):
             break
     return collect(
@@ -452,11 +451,12 @@ def generate(
     )
 
 
-def _stop_strings(state: State, find_stop: Callable[[np.ndarray], int | None]) -> State:
-    tokens, counts, done = jax.device_get((state.tokens, state.counts, state.done))
+def _stop_strings(state: State, find_stop: Callable[[np.ndarray], int | None], live: Array) -> State:
+    """Ends rows at their stop strings; live bool[B]: those that have drawn since the last look."""
+    tokens, counts, live = jax.device_get((state.tokens, state.counts, live))
     rows = np.zeros(len(counts), bool)
     keep = counts.copy()
-    for row in np.flatnonzero(~done):
+    for row in np.flatnonzero(live):
         end = find_stop(tokens[row, : counts[row]])
         if end is not None:
             rows[row], keep[row] = True, end

@@ -33,7 +33,7 @@ from jaxrl_llm.models.params import Tree
 from jaxrl_llm.sampling import slots as device
 from jaxrl_llm.sampling.autoregressive import next_logits
 from jaxrl_llm.sampling.logits import Sampling, row_uniforms
-from jaxrl_llm.sampling.prefixes import Prefix, fit, prefill
+from jaxrl_llm.sampling.prefixes import Prefix, prefill
 from jaxrl_llm.sampling.rules import Rules
 from jaxrl_llm.sampling.slots import Chunk, Slots
 
@@ -222,9 +222,8 @@ def with_room(prefix: Prefix, cfg: ModelConfig, *, room: int) -> Slots:
     columns = -(-columns // room) * room
     slots = device.empty(cfg, rows, columns, room, prefix.hidden.dtype)
 
-    def blocks(layers: tuple[Array, ...], axis: int) -> device.Blocks:
-        number = columns // room + 1
-        return tuple(tuple(jnp.split(fit(layer, axis, columns, room), number, axis=axis)) for layer in layers)
+    def blocks(layers: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        return tuple(device.in_blocks(layer, axis, columns, room) for layer in layers)
 
     return dataclasses.replace(
         slots,

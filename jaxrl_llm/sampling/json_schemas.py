@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxrl_llm.sampling.automata import automaton
 
 SPACE = " ?"
@@ -33,6 +35,7 @@ KEYWORDS = {
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 } | {kind: set() for kind in SIMPLE}
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 ANNOTATIONS = {"title", "description", "default", "examples", "deprecated"} | {"$schema", "$id", "$comment"}
 
 
@@ -59,6 +62,21 @@ def json_schema(schema: Mapping[str, Any] | str) -> str:
     return _value(schema, root, "#", ())
 
 
+def json_object(depth: int = 3) -> str:
+    """The regular expression of JSON objects; what is in them stands in `depth` arrays or objects at most."""
+    value = scalar = f"{STRING}|{NUMBER}|true|false|null"
+    for _ in range(depth):
+        member = f"{STRING}:{SPACE}(?:{value})"
+        value = rf"{scalar}|\[{_list(f'(?:{value})')}\]|\{{{_list(member)}\}}"
+    return rf"\{{{_list(f'{STRING}:{SPACE}(?:{value})')}\}}"
+
+
+def _list(item: str, *, empty: bool = True) -> str:
+    """Items and commas, any number of them. In this form an automaton has one copy of an item, not two."""
+    items = f"(?:{item},{SPACE})*{item}"
+    return f"(?:{items})?" if empty else items
+
+
 def _refuse(path: str, why: str) -> ValueError:
     return ValueError(f"JSON schema at {path}: {why}")
 
@@ -67,6 +85,7 @@ def _value(schema: Any, root: Mapping[str, Any], path: str, within: tuple[str, .
     """The pattern of `schema`, which stands at `path`, `within` the references that led there."""
     if not isinstance(schema, Mapping):
         raise _refuse(path, f"{schema!r} is no schema that says what is to be written; give a type")
+    _check_types(schema, path)
     given = set(schema) - ANNOTATIONS - {"$defs", "definitions"}
     form = next((name for name in ("$ref", "const", "enum", "anyOf") if name in given), "type")
     kinds = schema.get("type", "object" if "properties" in given else [])
@@ -94,6 +113,27 @@ def _value(schema: Any, root: Mapping[str, Any], path: str, within: tuple[str, .
         pieces = enumerate(schema["anyOf"])
         return _either([_value(x, root, f"{path}/anyOf/{i}", within) for i, x in pieces], path)
     return _either([_typed(kind, schema, root, path, within) for kind in kinds], path)
+
+
+def _check_types(schema: Mapping[str, Any], path: str) -> None:
+    """Refuses keywords whose values are none, as a count that is a text."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+
+    for name, value in schema.items():
+        if name in COUNTS:
+            good = type(value) is int and value >= 0
+        elif name in ("$ref", "pattern", "format"):
+            good = isinstance(value, str)
+        elif name in ("enum", "anyOf", "prefixItems"):
+            good = isinstance(value, list | tuple)
+        elif name in ("type", "required"):
+            good = texts(value) or (name == "type" and isinstance(value, str))
+        else:
+            good = name != "properties" or isinstance(value, Mapping)
+        if not good:
+            raise _refuse(path, f"{value!r} is no value of {name}")
 
 
 def _either(patterns: list[str], path: str) -> str:
@@ -146,10 +186,9 @@ def _times(least: int, most: int | None) -> str:
 def _check_needs_no_escapes(pattern: str, path: str) -> None:
     """Refuses a pattern that matches what would stand otherwise in JSON: quotes, backslashes, controls."""
     try:
-        rows = automaton(pattern, {bytes([byte]): [byte] for byte in range(256)}).rows
+        used = set(np.flatnonzero((automaton(pattern).table >= 0).any(axis=0)).tolist())
     except ValueError as error:
         raise _refuse(path, str(error)) from error
-    used = {byte for row in rows.values() for byte in row}
     if escaped := sorted(used & {*range(32), ord('"'), ord("\\"), 127}):
         raise _refuse(
             path,
@@ -174,6 +213,8 @@ def _array(schema: Mapping[str, Any], root: Any, path: str, within: tuple[str, .
     if most is not None and most < least:
         raise _refuse(path, f"no array has minItems {least} and maxItems {most}")
     item = _value(schema["items"], root, f"{path}/items", within)
+    if least <= 1 and most is None:
+        return rf"\[{_list(item, empty=not least)}\]"
     more = _times(max(least - 1, 0), None if most is None else most - 1)
     body = f"{item}(?:,{SPACE}{item}){more}"
     return rf"\[{body}\]" if least else rf"\[(?:{body})?\]"
@@ -189,8 +230,7 @@ def _object(schema: Mapping[str, Any], root: Any, path: str, within: tuple[str, 
         if more is False:
             return r"\{\}"
         value = _value(more, root, f"{path}/additionalProperties", within)
-        member = f"{STRING}:{SPACE}{value}"
-        return rf"\{{(?:{member}(?:,{SPACE}{member})*)?\}}"
+        return rf"\{{{_list(f'{STRING}:{SPACE}{value}')}\}}"
     first, later = "", ""  # patterns of the properties from one on: nothing written yet, or something
     for name, inner in reversed(properties.items()):
         value = _value(inner, root, f"{path}/properties/{name}", within)

@@ -202,6 +202,11 @@ def invert(weights: Array, uniform: Array) -> Array:
     return (row * weights.shape[2] + column).astype(jnp.int32)
 
 
+def draw(weights: Array, uniform: Array) -> Array:
+    """`invert` for weights f32[B, V]: i32[B] tokens of weight above 0."""
+    return jnp.minimum(invert(_fold(weights, 0.0), uniform), weights.shape[1] - 1)
+
+
 def sample(logits: Array, sampling: Sampling, uniform: Array, model_logits: Array | None = None) -> Sampled:
     """One token per row.
 

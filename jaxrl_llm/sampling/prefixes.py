@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.attention import causal_attention
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.attention import row_attention
+from jaxrl_llm.models.config import ModelConfig, require_causal
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 from jaxrl_llm.sampling import int8
 
 Array = jax.Array
@@ -42,7 +43,7 @@ def kinds(cfg: ModelConfig) -> tuple[str, ...]:
     return cfg.layer_kinds or ("global",) * cfg.num_layers
 
 
-@partial(jax.jit, static_argnames=("cfg", "int8_cache"))
+@partial(jax.jit, static_argnames=("cfg", "int8_cache", "sharding"))
 def prefill(
     prepared: Tree,
     past: Prefix | None,
@@ -51,6 +52,7 @@ def prefill(
     cfg: ModelConfig,
     *,
     int8_cache: bool = False,
+    sharding: ShardingRules | None = None,
 ) -> Prefix:
     """Reads tokens after what has been read before.
 
@@ -59,11 +61,17 @@ def prefill(
       past: F rows that the tokens continue; None = they begin.
       tokens: i32[F, T] right-aligned.  counts: i32[F] how many of them are tokens, at least 1.
       int8_cache: keys and values are rounded to int8 as they are written, and attended as they are read.
+      sharding: how heads lie on the mesh in context; rows, which are few, are everywhere. None = one device.
 
     Returns:
       Past and tokens, in the columns of both together.
+
+    Raises:
+      ValueError: a bidirectional model.
     """
+    require_causal(cfg, "autoregressive sampling")
     rows, width = tokens.shape
+    layout = None if sharding is None else dataclasses.replace(sharding, batch=None)
     dtype = prepared["final_norm"].dtype
     before = jnp.zeros(rows, jnp.int32) if past is None else past.lengths
     columns = (0 if past is None else past.keys[0].shape[3]) + width
@@ -100,11 +108,12 @@ def prefill(
             # what stands before a row is written as zeros, which cannot poison what reads the column
             k = jnp.where(real[:, None, None, :], k, 0)
             v = jnp.where(real[:, None, :, None], v, 0)
+            k, v = (constrain(x, ("batch", "kv_heads", None, None), layout) for x in (k, v))
             keys.append(k)
             values.append(v)
             if int8_cache:
                 k, v = (jnp.multiply(*int8.unpack(x, axis)).astype(dtype) for x, axis in ((k, 2), (v, 3)))
-            return causal_attention(
+            return row_attention(
                 q,
                 k.transpose(0, 3, 1, 2),
                 v.transpose(0, 2, 1, 3),
@@ -114,12 +123,12 @@ def prefill(
                 window=cfg.window if kind == "local" else None,
                 scale=transformer.score_scale(cfg),
                 softcap=cfg.attention_softcap,
-                rules=None,
+                rules=layout,
             )
 
         x = transformer.block(layer, x, cfg, ropes[kind], attend)
     hidden = transformer.rms_norm(x[:, -1], prepared["final_norm"], cfg)
-    return Prefix(tuple(keys), tuple(values), hidden, lengths)
+    return Prefix(tuple(keys), tuple(values), constrain(hidden, ("batch", None), layout), lengths)
 
 
 @jax.jit

@@ -20,7 +20,7 @@ tokens that remain, it is no mass and may be positive.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -132,6 +132,52 @@ def penalties(
     )
 
 
+# --- a bias for some tokens
+
+
+class Bias(NamedTuple):
+    """State of `bias_rule`: ids i32[S, K], -1 = none, and what is added to their logits, f32[S, K]."""
+
+    ids: Array
+    values: Array
+
+
+@functools.cache
+def bias_rule(room: int) -> Rule:
+    """Adds to the logits of up to K = `room` tokens, as OpenAI's `logit_bias`; a row's state: `bias(...)`."""
+
+    def init(rows: int) -> Bias:
+        return Bias(jnp.full((rows, room), -1, jnp.int32), jnp.zeros((rows, room)))
+
+    def add(state: Bias, logits: Array) -> Array:
+        rows, vocab_size = logits.shape
+        columns = jnp.where(state.ids < 0, vocab_size, state.ids)
+        return logits.at[jnp.arange(rows)[:, None], columns].add(state.values, mode="drop")
+
+    def apply(state: Bias, logits: Array) -> Array:
+        return jax.lax.cond(jnp.any(state.ids >= 0), add, lambda _, logits: logits, state, logits)
+
+    return Rule(init, apply, lambda state, token, live: state)
+
+
+def bias(values: Mapping[int, float], room: int, vocab_size: int) -> Bias:
+    """State of a row whose tokens have `values` (nats) added to their logits, at most `room` of them.
+
+    Raises:
+      ValueError: more tokens than room, one outside the vocabulary, or a value that is not finite.
+    """
+    if len(values) > room:
+        raise ValueError(f"{len(values)} biased tokens and bias_rule has room for {room}")
+    _marked(list(values), vocab_size)
+    for token, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the bias of token {token} is {value}: it must be finite; forbid it instead")
+    ids, added = np.full(room, -1, np.int32), np.zeros(room, np.float32)
+    ids[: len(values)] = list(values)
+    added[: len(values)] = list(values.values())
+    return Bias(jnp.asarray(ids), jnp.asarray(added))
+
+
 # --- tokens forbidden or forced
 
 
@@ -204,9 +250,11 @@ def force(tokens: Sequence[int], room: int, vocab_size: int) -> Forced:
 def min_tokens_rule(eos_ids: tuple[int, ...]) -> Rule:
     """Draws none of `eos_ids` before a number of other tokens, the state of a row from `min_tokens`."""
 
+    ends = np.asarray(eos_ids, np.int32)
+
     def apply(left: Array, logits: Array) -> Array:
-        ends = jnp.any(jnp.arange(logits.shape[1])[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
-        return jnp.where((left > 0)[:, None] & ends, -jnp.inf, logits)
+        early = jnp.where((left > 0)[:, None], -jnp.inf, logits[:, ends])
+        return logits.at[:, ends].set(early)
 
     def advance(left: Array, token: Array, live: Array) -> Array:
         return jnp.maximum(left - live, 0)

@@ -181,7 +181,7 @@ def _sage(
 
     def one(carry: Carry) -> Carry:
         done, slots, alive, found, drawn = carry
-        slots = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), slots)
+        slots = device.rows_of(slots, jnp.repeat(jnp.arange(len(slots.lengths)), samples))
         # a row's draws go on from round to round: none is used twice, whichever beam the row continues
         uniforms = row_uniforms(key, uids, first_draw + drawn, size)
         live = jnp.repeat(alive.scores > -jnp.inf, samples, axis=1).reshape(-1)
@@ -215,7 +215,7 @@ def _sage(
         index = jax.lax.top_k(rank, beams)[1]
         alive = gather(dataclasses.replace(chains, scores=rank), index)
         chosen = flat_rows(index, rows)
-        slots = _shift(jax.tree.map(lambda x: x[chosen], slots), size - steps.counts[chosen])
+        slots = _shift(device.rows_of(slots, chosen), size - steps.counts[chosen])
         return done + 1, slots, alive, found, drawn + steps.counts
 
     def more(carry: Carry) -> Array:
@@ -319,10 +319,10 @@ def _shift(slots: Slots, by: Array) -> Slots:
     """Every row's columns moved right by i32[S]. What comes in at the left is seen by nobody."""
 
     def moved(x: Array, axis: int) -> Array:
-        return jax.vmap(partial(jnp.roll, axis=axis - 1))(x, by)
+        return jax.vmap(partial(jnp.roll, axis=axis - 1), in_axes=(1, 0), out_axes=1)(x, by)
 
     return dataclasses.replace(
         slots,
-        keys=tuple(tuple(moved(x, 3) for x in layer) for layer in slots.keys),
-        values=tuple(tuple(moved(x, 2) for x in layer) for layer in slots.values),
+        keys=tuple(moved(x, 4) for x in slots.keys),
+        values=tuple(moved(x, 3) for x in slots.values),
     )

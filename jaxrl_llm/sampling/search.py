@@ -31,7 +31,7 @@ from jaxrl_llm.sampling.found import (
     tidy,
 )
 from jaxrl_llm.sampling.logits import sampling_params
-from jaxrl_llm.sampling.slots import Blocks, Slots
+from jaxrl_llm.sampling.slots import Slots
 from jaxrl_llm.trajectory import Trajectories
 
 Array = jax.Array
@@ -309,8 +309,8 @@ def open_slots(
     prefix = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), prefix)
     rows = len(prefix.lengths)
     slots = Slots(
-        keys=tuple((device.fit(x, 3, columns, room),) for x in prefix.keys),
-        values=tuple((device.fit(x, 2, columns, room),) for x in prefix.values),
+        keys=tuple(device.fit(x, 3, columns, room)[None] for x in prefix.keys),
+        values=tuple(device.fit(x, 2, columns, room)[None] for x in prefix.values),
         hidden=prefix.hidden,
         lengths=prefix.lengths,
         left=jnp.zeros(rows, jnp.int32),
@@ -329,14 +329,14 @@ def next_logp(prepared: Tree, slots: Slots, cfg: ModelConfig) -> Array:
 def reorder(slots: Slots, rows: Array, *, since: int) -> Slots:
     """The caches of rows i32[S]; those that change places have the columns before `since` alike."""
 
-    def moved(blocks: Blocks, axis: int) -> Blocks:
+    def moved(layers: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
         def one(x: Array) -> Array:
-            new = jax.lax.slice_in_dim(x, since, None, axis=axis)[rows]
+            new = jax.lax.slice_in_dim(x, since, None, axis=axis)[:, rows]
             return jax.lax.dynamic_update_slice_in_dim(x, new, since, axis)
 
-        return tuple(tuple(map(one, layer)) for layer in blocks)
+        return tuple(map(one, layers))
 
-    return dataclasses.replace(slots, keys=moved(slots.keys, 3), values=moved(slots.values, 2))
+    return dataclasses.replace(slots, keys=moved(slots.keys, 4), values=moved(slots.values, 3))
 
 
 def flat_rows(beam: Array, beams: int) -> Array:

@@ -9,10 +9,10 @@ is written while decoding, the same column for every slot at every step:
     after 4 steps         slot 0    . . a b | c d x y | z $ - -      $ ends a row: what follows is no token
                           slot 1    . . . . | . . e f | g h i j
 
-Then a new block is set behind the others, and nothing moves. Slots that ended in between are free, so those
-that go on have filled the block. A row's columns therefore depend on its own history alone, and blocks before
-it add exact zeros: its tokens and their log-probs are the same, bit for bit, whoever its neighbours are, for
-one number of slots.
+Then a new block is set behind the others. Slots that ended in between are free, so those that go on have
+filled the block. A row's columns therefore depend on its own history alone, and blocks before it add exact
+zeros: its tokens and their log-probs are the same, bit for bit, whoever its neighbours are, for one number of
+slots.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
+from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 from jaxrl_llm.sampling import int8
 from jaxrl_llm.sampling.autoregressive import next_logits
 from jaxrl_llm.sampling.logits import Sampling, row_uniforms, sample
@@ -34,44 +35,49 @@ from jaxrl_llm.sampling.rules import Rules
 
 Array = jax.Array
 
-Blocks = tuple[tuple[Array, ...], ...]
-"""Arrays by layer and block."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """S slots with blocks of C columns, the last of them for new tokens.
+    """S slots with n blocks of C columns, the last of them for new tokens.
 
     Attributes:
-      keys: f[S, K, h, C] each; columns last, so that scores sum over h along contiguous columns.
-      values: f[S, K, C, h] each. (Both may be in int8, with h + 4 in place of h: `sampling.int8`.)
+      keys: per layer f[n, S, K, h, C]; columns last, so that scores sum over h along contiguous columns.
+      values: per layer f[n, S, K, C, h]. (Both may be in int8, with h + 4 in place of h: `sampling.int8`.)
       hidden: f[S, D] the last hidden state, from which the next token is drawn.
       lengths: i32[S] tokens in the cache.
       left: i32[S] tokens that may still be drawn; 0 = the slot is free.
       uids: i32[S] what a slot's draws depend on, beside key and position.
       sampling: parameters by slot.
       rules: state of the rules of decoding, by slot.
+      sharding: how slots (as batch rows) and heads lie on the mesh in context; None = on one device.
     """
 
-    keys: Blocks
-    values: Blocks
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     hidden: Array
     lengths: Array
     left: Array
     uids: Array
     sampling: Sampling
     rules: Any
+    sharding: ShardingRules | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def block(self) -> int:
         """C, columns of a block: the steps of one chunk."""
-        return self.keys[0][0].shape[3]
+        return self.keys[0].shape[4]
 
     @property
     def columns(self) -> int:
         """Columns before the block that is written."""
         return (len(self.keys[0]) - 1) * self.block
+
+
+def in_blocks(x: Array, axis: int, columns: int, block: int) -> Array:
+    """Right-aligned columns along `axis` as `columns` of them and an empty block behind: f[n, ...]."""
+    x = fit(x, axis, columns, block)
+    return jnp.stack(jnp.split(x, columns // block + 1, axis=axis))
 
 
 class Chunk(NamedTuple):
@@ -102,42 +108,59 @@ def empty(
     rules: Rules = (),
     *,
     int8_cache: bool = False,
+    sharding: ShardingRules | None = None,
 ) -> Slots:
     """Free slots for contexts of `columns` tokens, in blocks of `block`; the cache in `dtype` or in int8."""
     zeros = jnp.zeros(slots, jnp.int32)
     size = cfg.head_dim + int8.SCALE_BYTES * int8_cache
     count = -(-columns // block) + 1
 
-    def blocks(*shape: int) -> Blocks:
-        def one() -> Array:
-            return jnp.zeros((slots, cfg.num_kv_heads, *shape), jnp.int8 if int8_cache else dtype)
+    def layers(*shape: int) -> tuple[Array, ...]:
+        shape = (count, slots, cfg.num_kv_heads, *shape)
+        return tuple(jnp.zeros(shape, jnp.int8 if int8_cache else dtype) for _ in range(cfg.num_layers))
 
-        return tuple(tuple(one() for _ in range(count)) for _ in range(cfg.num_layers))
-
-    return Slots(
-        keys=blocks(size, block),
-        values=blocks(block, size),
+    new = Slots(
+        keys=layers(size, block),
+        values=layers(block, size),
         hidden=jnp.zeros((slots, cfg.hidden_size), dtype),
         lengths=zeros,
         left=zeros + 0,  # an array each: they are donated
         uids=zeros + 0,
         sampling=Sampling(jnp.ones(slots), jnp.ones(slots), zeros + 0, jnp.zeros(slots)),
         rules=jax.tree.map(jnp.copy, tuple(rule.init(slots) for rule in rules)),
+        sharding=sharding,
     )
+    return laid_out(new)
+
+
+@jax.jit
+def laid_out(slots: Slots) -> Slots:
+    """The same slots, on the mesh as their `sharding` says."""
+
+    def row(x: Array) -> Array:
+        return constrain(x, ("batch", *[None] * (x.ndim - 1)), slots.sharding)
+
+    def layer(x: Array) -> Array:
+        return constrain(x, (None, "batch", "kv_heads", None, None), slots.sharding)
+
+    rest = jax.tree.map(row, dataclasses.replace(slots, keys=(), values=()))
+    keys, values = (tuple(map(layer, x)) for x in (slots.keys, slots.values))
+    return dataclasses.replace(rest, keys=keys, values=values)
 
 
 def with_blocks(slots: Slots, before: int, after: int) -> Slots:
     """Empty blocks: `before` more on the left (a negative number takes as many away), `after` more behind."""
 
-    def extend(blocks: tuple[Array, ...]) -> tuple[Array, ...]:
-        def new(number: int) -> tuple[Array, ...]:
-            return tuple(jnp.zeros_like(blocks[0]) for _ in range(number))
+    def extended(layers: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(_extend(layer, before, after) for layer in layers)
 
-        return new(before) + blocks[max(0, -before) :] + new(after)
+    return dataclasses.replace(slots, keys=extended(slots.keys), values=extended(slots.values))
 
-    return dataclasses.replace(
-        slots, keys=tuple(map(extend, slots.keys)), values=tuple(map(extend, slots.values))
-    )
+
+@partial(jax.jit, static_argnames=("before", "after"))
+def _extend(layer: Array, before: int, after: int) -> Array:
+    """One layer at a time, so that two caches are never needed at once."""
+    return jax.lax.pad(layer, jnp.zeros((), layer.dtype), [(before, after, 0)] + [(0, 0, 0)] * 4)
 
 
 @partial(jax.jit, donate_argnames=("slots",))
@@ -152,30 +175,30 @@ def place(
       sampling, rules: of this row, without the slot axis.
     """
 
-    def set_row(rows: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, row, slot, 0)
+    def set_row(rows: Array, row: Array, axis: int = 0) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, row, slot, axis)
 
-    def set_blocks(blocks: Blocks, rows: tuple[Array, ...], axis: int) -> Blocks:
-        out = []
-        for layer, row in zip(blocks, rows):
-            row = fit(row, axis, slots.columns, slots.block)
-            parts = jnp.split(row, len(layer), axis=axis)
-            out.append(tuple(map(set_row, layer, parts)))
-        return tuple(out)
+    def set_layers(layers: tuple[Array, ...], rows: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        return tuple(
+            set_row(layer, in_blocks(row, axis, slots.columns, slots.block), 1)
+            for layer, row in zip(layers, rows)
+        )
 
     def set_one(values: Array, value: Array) -> Array:
         return values.at[slot].set(value)
 
-    return Slots(
-        keys=set_blocks(slots.keys, prefix.keys, 3),
-        values=set_blocks(slots.values, prefix.values, 2),
+    placed = Slots(
+        keys=set_layers(slots.keys, prefix.keys, 3),
+        values=set_layers(slots.values, prefix.values, 2),
         hidden=set_row(slots.hidden, prefix.hidden),
         lengths=set_row(slots.lengths, prefix.lengths),
         left=set_one(slots.left, left),
         uids=set_one(slots.uids, uid),
         sampling=jax.tree.map(set_one, slots.sampling, sampling),
         rules=jax.tree.map(set_one, slots.rules, rules),
+        sharding=slots.sharding,
     )
+    return laid_out(placed)
 
 
 @jax.jit
@@ -192,10 +215,9 @@ def take(slots: Slots, slot: Array, drawn: Array) -> Prefix:
     length = slots.lengths[slot]
     real = jnp.arange(width) >= width - length
 
-    def join(layer: tuple[Array, ...], axis: int) -> Array:
-        row = jnp.concatenate(
-            [jax.lax.dynamic_index_in_dim(x, slot, keepdims=True) for x in layer], axis=axis
-        )
+    def join(layer: Array, axis: int) -> Array:
+        blocks = jax.lax.dynamic_index_in_dim(layer, slot, 1)
+        row = jnp.concatenate(list(blocks), axis=axis)
         row = jnp.roll(row, slots.block - drawn, axis=axis)
         return jnp.where(jnp.expand_dims(real, [a for a in range(4) if a != axis]), row, 0)
 
@@ -213,54 +235,47 @@ def release(slots: Slots, rows: Array) -> Slots:
     return dataclasses.replace(slots, left=jnp.where(rows, 0, slots.left))
 
 
+def rows_of(slots: Slots, rows: Array) -> Slots:
+    """The slots i32[S'], one after another; some may come twice."""
+    picked = jax.tree.map(lambda x: x[rows], dataclasses.replace(slots, keys=(), values=()))
+    caches = {name: tuple(x[:, rows] for x in getattr(slots, name)) for name in ("keys", "values")}
+    return dataclasses.replace(picked, **caches)
+
+
 def attention_over_blocks(
-    q: Array,
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
-    masks: list[Array],
-    *,
-    scale: float,
-    softcap: float | None,
+    q: Array, keys: Array, values: Array, mask: Array, *, scale: float, softcap: float | None
 ) -> Array:
     """One query per slot over its columns, by multiply-and-reduce: there is no matrix product to speak of.
 
     Args:
-      q: f[S, 1, H, h].  By block, keys: f[S, K, h, C].  values: f[S, K, C, h].  masks: bool[S, C].
+      q: f[S, 1, H, h].  keys: f[n, S, K, h, C].  values: f[n, S, K, C, h].  mask: bool[n, S, C].
         Or keys and values in int8, from `int8.pack`.
 
     Returns:
       f[S, 1, H, h].
     """
     rows, _, heads, size = q.shape
-    kv = keys[0].shape[1]
+    kv = keys.shape[2]
     queries = q.reshape(rows, kv, heads // kv, size).astype(jnp.float32) * scale
-    # Blocks that are only read are taken together, [n, S, ...]: few operations, and the loop over steps
-    # keeps them so. The sums of single blocks are added one by one: what is before a row adds exact zeros.
-    parts = [tuple(jnp.stack(x[-1:]) for x in (keys, values, masks))]
-    if len(keys) > 1:
-        parts.insert(0, tuple(jnp.stack(x[:-1]) for x in (keys, values, masks)))
-    scores = []
-    for key, _, mask in parts:
-        key, unit = int8.unpack(key, 3)
-        score = jnp.sum(queries[..., None] * key[:, :, :, None].astype(jnp.float32), axis=4) * unit
-        if softcap is not None:
-            score = softcap * jnp.tanh(score / softcap)
-        scores.append(jnp.where(mask[:, :, None, None], score, -1e30))
-    peak = reduce(jnp.maximum, [jnp.max(score, axis=(0, 4))[..., None] for score in scores])
-    totals: list[Array] = []
-    sums: list[Array] = []
-    for score, (_, value, _) in zip(scores, parts):
-        weights = jnp.exp(score - peak)
-        totals += list(jnp.sum(weights, axis=4))
-        value, unit = int8.unpack(value, 4)
-        weights = weights * unit.swapaxes(3, 4)
-        sums += list(jnp.sum(weights[..., None] * value[:, :, :, None].astype(jnp.float32), axis=4))
-    return (reduce(jnp.add, sums) / reduce(jnp.add, totals)[..., None]).reshape(q.shape).astype(q.dtype)
+    keys, unit = int8.unpack(keys, 3)
+    scores = jnp.sum(queries[..., None] * keys[:, :, :, None].astype(jnp.float32), axis=4) * unit
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None, None], scores, -1e30)
+    weights = jnp.exp(scores - jnp.max(scores, axis=(0, 4), keepdims=True))
+    totals = jnp.sum(weights, axis=4)
+    values, unit = int8.unpack(values, 4)
+    weights = weights * unit.swapaxes(3, 4)
+    sums = jnp.sum(weights[..., None] * values[:, :, :, None].astype(jnp.float32), axis=4)
+    # The sums of blocks are added one by one: a reduction would round by their number, and so what is before
+    # a row adds exact zeros.
+    out = reduce(jnp.add, list(sums)) / reduce(jnp.add, list(totals))[..., None]
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def advance(
     prepared: Tree, slots: Slots, tokens: Array, step: Array, ropes: Tree, cfg: ModelConfig
-) -> tuple[Array, Blocks, Blocks]:
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """Feeds tokens i32[S], written to column `step` of the last block: hidden f[S, D] and the cache."""
     block, count = slots.block, len(slots.keys[0])
     position = slots.lengths
@@ -274,20 +289,18 @@ def advance(
         mask = seen
         if kind == "local" and cfg.window is not None:
             mask = mask & (at > position[:, None] - cfg.window)
-        masks = jnp.split(mask, count, axis=1)
+        mask = jnp.stack(jnp.split(mask, count, axis=1))
 
-        def attend(q: Array, k: Array, v: Array, index: int = index, masks: list[Array] = masks) -> Array:
+        def attend(q: Array, k: Array, v: Array, index: int = index, mask: Array = mask) -> Array:
             update = jax.lax.dynamic_update_slice
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            if keys[index][0].dtype == jnp.int8:
+            if keys[index].dtype == jnp.int8:
                 k, v = int8.pack(k, 2), int8.pack(v, 3)
-            *read, last = keys[index]
-            keys[index] = (*read, update(last, k, (0, 0, 0, step)))
-            *read, last = values[index]
-            values[index] = (*read, update(last, v, (0, 0, step, 0)))
+            keys[index] = update(keys[index], k[None], (count - 1, 0, 0, 0, step))
+            values[index] = update(values[index], v[None], (count - 1, 0, 0, step, 0))
             scale = transformer.score_scale(cfg)
             return attention_over_blocks(
-                q, keys[index], values[index], masks, scale=scale, softcap=cfg.attention_softcap
+                q, keys[index], values[index], mask, scale=scale, softcap=cfg.attention_softcap
             )
 
         x = transformer.block(layer, x, cfg, ropes[kind], attend)
@@ -387,4 +400,4 @@ def decode(
 
     start = (jnp.zeros((), jnp.int32), slots, empty_chunk(count, room))
     _, slots, chunk = jax.lax.while_loop(more, one, start)
-    return slots, chunk
+    return laid_out(slots), chunk

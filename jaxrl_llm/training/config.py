@@ -21,6 +21,7 @@ from jaxrl_llm.losses import (
     policy_objective,
 )
 from jaxrl_llm.models.transformer import REMAT
+from jaxrl_llm.rollouts import schedules
 
 
 def source() -> ConfigDict:
@@ -77,6 +78,10 @@ def default() -> ConfigDict:
     c.rollout.min_p = 0.0
     c.rollout.stop_strings = ()
     c.rollout.mask_truncated_completions = False
+    c.rollout.slots = 0  # completions side by side, a free slot taking the next; 0 = whole batches together
+    c.rollout.allocation = ""  # of schedules.ALLOCATIONS: completions by prompt; empty = as many each
+    c.rollout.allocation_options = ConfigDict()  # low, high, and further keywords of the rule
+    c.rollout.success_at = 1.0  # total reward from which a completion counts as a success there
     c.rollout.max_attempts = 1  # dynamic sampling: batches drawn to fill a step with groups that differ
     c.rollout.on_degenerate = "train"  # when they do not suffice: train on what there is, skip, or fail
 
@@ -267,9 +272,40 @@ def make_objective(c: ConfigDict) -> Objective:
     )
 
 
+def allocate(c: ConfigDict, successes: Any, trials: Any) -> Any:
+    """How many completions each of M prompts gets: as many as prompts × `num_generations` in all.
+
+    Args:
+      successes, trials: i[M] so far.
+
+    Raises:
+      ValueError: what the rule or its bounds do not allow.
+    """
+    total = c.rollout.num_generations * len(trials)
+    options = c.rollout.allocation_options.to_dict()
+    return schedules.allocate(successes, trials, total, rule=c.rollout.allocation, **options)
+
+
 def _one_of(errors: list[str], key: str, value: str, choices: Any) -> None:
     if value not in choices:
         errors.append(f"{key}={value!r}: one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _allocation_errors(c: ConfigDict) -> list[str]:
+    errors = []
+    if not c.rollout.slots:
+        errors.append("rollout.allocation makes groups of several sizes, which takes rollout.slots: set it")
+    if c.rollout.max_attempts > 1:
+        errors.append(
+            "rollout.allocation fixes the completions of a step, and rollout.max_attempts draws more: "
+            "set one of the two"
+        )
+    none = [0] * c.rollout.prompts_per_step
+    try:
+        allocate(c, none, none)
+    except (TypeError, ValueError) as error:
+        errors.append(f"rollout.allocation={c.rollout.allocation!r}: {error}")
+    return errors
 
 
 def check(c: ConfigDict) -> None:
@@ -286,6 +322,7 @@ def check(c: ConfigDict) -> None:
         ("advantage.scale_rewards", ("group", "batch", "none")),
         ("advantage.modulation", ("", *MODULATIONS)),
         ("rollout.on_degenerate", ("train", "skip", "fail")),
+        ("rollout.allocation", ("", *schedules.ALLOCATIONS)),
         ("data.overlong_prompts", ("drop", "error")),
         ("model.remat", REMAT),
         ("model.compute_dtype", ("float32", "bfloat16")),
@@ -300,6 +337,7 @@ def check(c: ConfigDict) -> None:
         ("rollout.num_generations", 1),
         ("rollout.max_completion_length", 1),
         ("rollout.max_attempts", 1),
+        ("rollout.slots", 0),
         ("data.max_prompt_length", 1),
         ("train.num_iterations", 1),
         ("train.num_minibatches", 1),
@@ -349,6 +387,8 @@ def check(c: ConfigDict) -> None:
             build()
         except ValueError as error:
             errors.append(f"{key}: {error}")
+    if c.rollout.allocation in schedules.ALLOCATIONS:
+        errors += _allocation_errors(c)
     if c.rollout.temperature <= 0 and c.num_steps:
         errors.append(f"rollout.temperature={c.rollout.temperature}: above 0, or there is nothing to learn")
     if c.loss.delta is not None and c.loss.delta <= 1:

@@ -112,7 +112,8 @@ def evaluate(
     Args:
       prepared, cfg, tokenizer, settings, key, rules: as `rollout`.  prompts: M.
       pool, weights: the reward functions, and the weight of each in the total.
-      batch_prompts: prompts per batch; the last batch is filled up, so that no shape is compiled twice.
+      batch_prompts: prompts per batch; without slots the last batch is filled up, so that no shape is
+        compiled twice.
       correct_at: as `summarize`.  tick: called with the number of prompts done.
 
     Returns:
@@ -125,7 +126,7 @@ def evaluate(
     for start in range(0, len(prompts), batch_prompts):
         batch = list(prompts[start : start + batch_prompts])
         real = len(batch)
-        batch += [batch[-1]] * (batch_prompts - real)
+        batch += [batch[-1]] * (0 if settings.slots else batch_prompts - real)
         out = rollout(
             prepared,
             cfg,

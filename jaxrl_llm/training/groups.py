@@ -20,7 +20,7 @@ class Scored:
     """N completions and what the reward functions said of them.
 
     Attributes:
-      rollout: N rows in whole groups of G.
+      rollout: N rows in whole groups.
       total: f32[N] weighted reward; NaN where nothing applied.
       values: f32[N] of each function.
       failures: per function, rows without a score by reason.
@@ -39,11 +39,16 @@ class Scored:
     kept: int
 
 
-def differing(total: np.ndarray, group_size: int) -> np.ndarray:
-    """bool[M]: groups of consecutive rows whose applicable rewards are not all equal."""
-    rows = total.reshape(-1, group_size)
-    high = np.where(np.isfinite(rows), rows, -np.inf).max(axis=1)
-    low = np.where(np.isfinite(rows), rows, np.inf).min(axis=1)
+def differing(total: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """bool[M]: groups, in the order of their numbers, whose applicable rewards are not all equal.
+
+    Args:
+      total: f32[N].  group: i32[N] number of each row's group.
+    """
+    names, place = np.unique(group, return_inverse=True)
+    high, low = np.full(len(names), -np.inf), np.full(len(names), np.inf)
+    np.maximum.at(high, place, np.where(np.isfinite(total), total, -np.inf))
+    np.minimum.at(low, place, np.where(np.isfinite(total), total, np.inf))
     return high > low
 
 
@@ -110,6 +115,7 @@ def collect(
 
     Args:
       draw: samples and scores `num_groups` groups: rollout, f32[N] total rewards, scores per function.
+      group_size: rows of a group; with one attempt they may differ in size.
       on_degenerate: when the attempts did not suffice: 'train' on the groups that differ (the batch is filled
         up with others, not valid, so that its shape stays), 'skip' the step if none differs, or 'fail' if
         none differs.
@@ -124,7 +130,8 @@ def collect(
     for _ in range(max_attempts):
         rollout, total, scores = draw()
         valid = np.ones(len(total), bool)
-        good = differing(np.where(scores.failed, np.nan, total), group_size)
+        group = np.asarray(rollout.trajectories.group)
+        good = differing(np.where(scores.failed, np.nan, total), group)
         fresh = Scored(
             rollout, total, scores.values, scores.failures, scores.failed, valid, len(good), int(good.sum())
         )
@@ -143,7 +150,8 @@ def collect(
         return None
     if max_attempts == 1:
         return batch
-    good = differing(np.where(batch.failed, np.nan, batch.total), group_size)
+    group = np.asarray(batch.rollout.trajectories.group)
+    good = differing(np.where(batch.failed, np.nan, batch.total), group)
     order = np.argsort(~good, kind="stable")[:num_groups]
     chosen = select(batch, order, group_size)
     return dataclasses.replace(chosen, valid=np.repeat(good[order], group_size))

@@ -23,13 +23,14 @@ from jaxrl_llm.rewards.specs import as_spec, check_columns, resolve
 from jaxrl_llm.rollouts.engine import Engine
 from jaxrl_llm.rollouts.single_turn import Settings
 from jaxrl_llm.sampling.autoregressive import prepare
+from jaxrl_llm.sampling.rules import Rules
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import check
 from jaxrl_llm.training.progress import summary
 
 GIB = 2**30
 FILES = ("jsonl", "parquet")
-SAMPLE, EVALUATE, SHUFFLE = 1, 2, 3
+SAMPLE, EVALUATE, SHUFFLE, NOISE = 1, 2, 3, 4
 """Purposes of random keys; see `run_key`."""
 
 
@@ -81,6 +82,7 @@ class Job:
             top_k=r.top_k,
             min_p=r.min_p,
             stop_strings=tuple(r.stop_strings),
+            slots=r.slots,
         )
 
     def eval_settings(self) -> Settings:
@@ -201,6 +203,11 @@ def build(c: ConfigDict, *, training: bool = True, evaluation: bool = True) -> J
         raise ValueError("data.train has no rows: set data.train.kind, and data.train.path of a file")
     if training and c.supervised.num_steps and supervised is None:
         raise ValueError("supervised.train has no rows: set its kind and path, or those of data.train")
+    if training and not cfg.causal and (c.num_steps or test is not None):
+        raise ValueError(
+            f"{c.model.path} is a masked-diffusion model, which is fine-tuned here on given completions: set "
+            "num_steps=0 and no eval.data; RL on it is jaxrl_llm.training.diffusion_rl.improve"
+        )
     removed = 0
     eval_prompts: list[Prompt] = []
     if test is not None:
@@ -240,6 +247,7 @@ def build(c: ConfigDict, *, training: bool = True, evaluation: bool = True) -> J
         ("train.micro_batch_rows", c.train.micro_batch_rows or pieces),
         ("supervised.batch_rows", c.supervised.batch_rows),
         ("eval.batch_prompts", c.eval.batch_prompts if eval_prompts else pieces),
+        ("rollout.slots", c.rollout.slots),
     ):
         if count % pieces:
             raise ValueError(f"{key}={count} is not divisible by the mesh's data × fsdp = {pieces}")
@@ -297,7 +305,9 @@ def policy_params(job: Job, workdir: Path | None, step: int | None = None) -> tu
     return state["params"], step
 
 
-def make_engine(job: Job, params: Tree, *, slots: int, max_length: int | None = None) -> Engine:
+def make_engine(
+    job: Job, params: Tree, *, slots: int, max_length: int | None = None, rules: Rules = ()
+) -> Engine:
     """An engine to sample from the policy; None = the config's longest prompt and completion just fit."""
     r = job.config.rollout
     return Engine(
@@ -307,6 +317,7 @@ def make_engine(job: Job, params: Tree, *, slots: int, max_length: int | None = 
         max_length=max_length or job.config.data.max_prompt_length + r.max_completion_length,
         key=run_key(job, SAMPLE, 0),
         stop_ids=job.tokenizer.eos_ids,
+        rules=rules,
     )
 
 
@@ -344,8 +355,9 @@ def describe(job: Job) -> list[tuple[str, str]]:
     spread = job.mesh.shape["data"] * job.mesh.shape["fsdp"]
     # params, gradients and two moments in float32; the sampler's copy in the compute dtype; a reference
     weights = parameters * (16 + width + (4 if c.loss.beta and c.num_steps else 0)) / pieces
-    slots = c.rollout.prompts_per_step * c.data.max_prompt_length + rows * c.rollout.max_completion_length
-    cache = 2 * cfg.num_layers * slots * cfg.num_kv_heads * cfg.head_dim * width / spread
+    columns = c.rollout.prompts_per_step * c.data.max_prompt_length + rows * c.rollout.max_completion_length
+    columns = c.rollout.slots * length or columns
+    cache = 2 * cfg.num_layers * columns * cfg.num_kv_heads * cfg.head_dim * width / spread
     # what a backward pass keeps of a layer: about eight [T, D] and three [T, F] arrays, or its input alone
     kept = cfg.hidden_size if c.model.remat == "full" else 8 * cfg.hidden_size + 3 * cfg.intermediate_size
     activations = micro * length * cfg.num_layers * kept * width / spread
@@ -364,11 +376,12 @@ def describe(job: Job) -> list[tuple[str, str]]:
             ("supervised", f"{c.supervised.num_steps} updates × {c.supervised.batch_rows} packed rows")
         )
     if job.train is not None:
-        updates = c.train.num_iterations * c.train.num_minibatches
+        updates, slots = c.train.num_iterations * c.train.num_minibatches, c.rollout.slots
+        each = f"{c.rollout.num_generations} per prompt{' on average' if c.rollout.allocation else ''}"
         lines += [
             ("RL steps", f"{c.num_steps} × {updates} updates"),
             ("prompts per step", f"{c.rollout.prompts_per_step} of {len(job.train):,}"),
-            ("completions per step", f"{rows} ({c.rollout.num_generations} per prompt)"),
+            ("completions per step", f"{rows} ({each}){f', {slots} at a time' if slots else ''}"),
             ("tokens per step", f"at most {rows * length:,} ({length} a row)"),
             ("rows per micro-batch", f"{micro} ({rows // c.train.num_minibatches // micro} per update)"),
         ]

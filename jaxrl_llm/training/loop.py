@@ -23,10 +23,12 @@ from jaxrl_llm.parallel.sharding import ShardingRules, shardings
 from jaxrl_llm.rewards.pool import RewardPool
 from jaxrl_llm.sampling.autoregressive import prepare
 from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints, check_config
+from jaxrl_llm.training.diffusion import denoising_loss, with_noise
 from jaxrl_llm.training.evaluation import evaluate
 from jaxrl_llm.training.groups import DegenerateBatch, collect
 from jaxrl_llm.training.job import (
     EVALUATE,
+    NOISE,
     SHUFFLE,
     Job,
     export,
@@ -237,7 +239,8 @@ def run(job: Job, workdir: Path) -> None:
       NonFinite: too many updates in a row were not finite; the last good state is saved.
       ConfigMismatch, CheckpointError: the workdir cannot be resumed.
       WriteError: the workdir cannot be written.
-      MalformedRow, RewardError, DegenerateBatch: no step can be made of the data or their rewards; saved.
+      MalformedRow, RewardError, DegenerateBatch, FloatingPointError: no step can be made of the data, their
+        rewards or the policy's logits; saved.
     """
     c = job.config
     rl_begins, end = c.supervised.num_steps, c.supervised.num_steps + c.num_steps
@@ -295,7 +298,7 @@ def run(job: Job, workdir: Path) -> None:
             nonlocal host
             try:
                 yield
-            except (MalformedRow, RewardError, DegenerateBatch) as error:
+            except (MalformedRow, RewardError, DegenerateBatch, FloatingPointError) as error:
                 host = before
                 save(wait=True)
                 error.add_note(
@@ -350,13 +353,21 @@ def run(job: Job, workdir: Path) -> None:
         # --- supervised: the warm start, or the whole run
         if host.step < rl_begins:
             rate = schedule(c.supervised.optimizer, rl_begins)
-            update = make_update(supervised_loss(scorer(c, job.cfg, job.rules)), optimizers[0], rate)
+            loss = supervised_loss(scorer(c, job.cfg, job.rules))
+            if not job.cfg.causal:
+                loss = denoising_loss(job.cfg, dtype=job.dtype, remat=c.model.remat, rules=job.rules)
+            update = make_update(loss, optimizers[0], rate)
             with progress(total=rl_begins, title="supervised") as tick:
                 while host.step < rl_begins:
                     with timed(timings, "prompts"), saved_if_refused(host):
                         examples = next_examples(job, host, c.supervised.batch_rows, supervised_length(c))
                     with timed(timings, "update"):
-                        state, metrics = update(state, jax.device_put(examples, job.rows))
+                        given: Any = examples
+                        if not job.cfg.causal:
+                            given = with_noise(
+                                examples, run_key(job, NOISE, host.step), mask_id=job.cfg.mask_id
+                            )
+                        state, metrics = update(state, jax.device_put(given, job.rows))
                         numbers = finalize(metrics)
                     host.num_tokens += int(np.sum(examples.segment_ids > 0))
                     numbers["num_tokens"] = float(host.num_tokens)

@@ -29,8 +29,8 @@ from jaxrl_llm.models.params import Tree
 from jaxrl_llm.models.scoring import Scores
 from jaxrl_llm.rewards.pool import RewardPool
 from jaxrl_llm.rewards.pool import Scores as RewardScores
-from jaxrl_llm.rollouts.single_turn import Rollout, rollout
-from jaxrl_llm.training.config import accepted, lookup
+from jaxrl_llm.rollouts.single_turn import Rollout, failed_rows, rollout
+from jaxrl_llm.training.config import accepted, allocate, lookup
 from jaxrl_llm.training.groups import Scored
 from jaxrl_llm.training.job import SAMPLE, Job, run_key
 from jaxrl_llm.training.rewarding import total_rewards
@@ -50,6 +50,7 @@ class Host:
       num_tokens: tokens trained on so far.
       dropped: prompts or examples left out because they were too long.
       accuracy: of the last evaluation.
+      outcomes: successes and trials so far by row of the training data, for `rollout.allocation`.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Host:
     num_tokens: int = 0
     dropped: int = 0
     accuracy: float | None = None
+    outcomes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "Host":
@@ -77,7 +79,10 @@ def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def next_prompts(job: Job, host: Host, count: int) -> list[Prompt]:
-    """The next `count` prompts that fit, advancing the cursor past those that do not."""
+    """The next `count` prompts that fit, advancing the cursor past those that do not.
+
+    Their `index` is that of their row of the training data.
+    """
     train = job.train
     assert train is not None
     c = job.config.data
@@ -91,9 +96,27 @@ def next_prompts(job: Job, host: Host, count: int) -> list[Prompt]:
             overlong=c.overlong_prompts,
             place=lambda i, indices=indices: train.place(int(indices[i])),  # type: ignore[misc]
         )
-        prompts += more
+        prompts += [dataclasses.replace(p, index=int(indices[p.index])) for p in more]
         host.dropped += dropped
     return prompts
+
+
+def next_counts(job: Job, host: Host, prompts: list[Prompt]) -> list[int] | None:
+    """How many completions each prompt gets by what is known of it; None = as many each."""
+    if not job.config.rollout.allocation:
+        return None
+    successes, trials = zip(*(host.outcomes.get(str(p.index), (0, 0)) for p in prompts))
+    return allocate(job.config, successes, trials).tolist()
+
+
+def record_outcomes(job: Job, host: Host, prompts: list[Prompt], total: np.ndarray) -> None:
+    """Counts the successes of every row's prompt. Rows without a verdict, NaN, are no trials."""
+    outcomes = dict(host.outcomes)  # of its own: the host before this step may be the one that is saved
+    for prompt, reward in zip(prompts, total):
+        if np.isfinite(reward):
+            won, tried = outcomes.get(str(prompt.index), (0, 0))
+            outcomes[str(prompt.index)] = [won + int(reward >= job.config.rollout.success_at), tried + 1]
+    host.outcomes = outcomes
 
 
 def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBatch:
@@ -124,10 +147,15 @@ def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBat
 def draw(
     job: Job, host: Host, prepared: Tree, pool: RewardPool, version: int, timings: dict[str, float]
 ) -> tuple[Rollout, np.ndarray, RewardScores]:
-    """Prompts → rollout → rewards."""
+    """Prompts → rollout → rewards.
+
+    Raises:
+      FloatingPointError: the policy's logits are NaN or infinite, so that not one completion was written.
+    """
     c = job.config.rollout
     with timed(timings, "prompts"):
         prompts = next_prompts(job, host, c.prompts_per_step)
+        counts = next_counts(job, host, prompts)
     with timed(timings, "rollout"):
         out = rollout(
             prepared,
@@ -138,11 +166,21 @@ def draw(
             key=run_key(job, SAMPLE, 0),
             first_uid=host.uid,
             policy_version=version,
+            counts=counts,
             rules=job.rules,
         )
         host.uid += len(out.completions)
+    broken = failed_rows(out, job.settings())
+    if broken.all():
+        raise FloatingPointError(
+            f"logits that are NaN or infinite broke off all {len(broken)} completions of a step: lower the "
+            "learning rate, or look at the updates of the last steps"
+        )
     with timed(timings, "reward"):
         total, scores = total_rewards(pool, job.weights, out)
+        scores = dataclasses.replace(scores, failed=scores.failed | broken)
+    if c.allocation:
+        record_outcomes(job, host, out.prompts, np.where(scores.failed, np.nan, total))
     return out, total, scores
 
 
@@ -213,6 +251,7 @@ def rollout_metrics(job: Job, scored: Scored) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - finished.mean()),
+        "rollout/failed": float(failed_rows(scored.rollout, job.settings()).sum()),
         "rollout/groups_drawn": float(scored.drawn),
         "rollout/groups_differing": float(scored.kept),
         "rollout/rows_trained": float(trained_rows(job, scored).sum()),

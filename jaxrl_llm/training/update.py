@@ -81,7 +81,7 @@ def policy_scorer(
 ) -> Callable[[Tree, Trajectories], Scores]:
     """Tempered log-probs and entropies of the action tokens of rows in groups that share a prompt.
 
-    The prompt is computed once for its rows where that is less work, and the rows are in order.
+    The prompt is computed once for its rows where that is less work, and the rows are in groups of one size.
     """
     prompt, completion = c.data.max_prompt_length, c.rollout.max_completion_length
     options: dict[str, Any] = {
@@ -93,7 +93,8 @@ def policy_scorer(
 
     def scores(params: Tree, t: Trajectories) -> Scores:
         rows, width = t.tokens.shape
-        size = 1 if c.train.num_minibatches > 1 else shared(rows, c.rollout.num_generations, rules)
+        in_groups = c.train.num_minibatches == 1 and not c.rollout.allocation
+        size = shared(rows, c.rollout.num_generations, rules) if in_groups else 1
         args = params, t.tokens, t.action_mask, cfg
         if min(prompt, width) + size * completion >= size * width:
             return score(*args, temperature=t.temperature, max_targets=completion, **options)

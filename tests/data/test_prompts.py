@@ -61,17 +61,17 @@ def test_padding_refuses_what_does_not_fit():
         pad([[1], [1, 2, 3]], length=2)
 
 
-@given(st.integers(1, 5000), st.integers(1, 300), st.data())
-def test_buckets_hold_every_length_and_are_few(limit, multiple, data):
-    buckets = ladder(limit, multiple_of=multiple)
+@given(st.integers(1, 5000), st.integers(1, 300), st.booleans(), st.data())
+def test_buckets_hold_every_length_and_are_few(limit, multiple, middles, data):
+    buckets = ladder(limit, multiple_of=multiple, middles=middles)
     n = data.draw(st.integers(0, limit))
     chosen = bucket_length(n, buckets)
     assert chosen in buckets and chosen >= n
     assert not any(n <= bucket < chosen for bucket in buckets)
     assert all(bucket % multiple == 0 for bucket in buckets)
     assert limit <= buckets[-1] < limit + multiple
-    assert len(buckets) <= 2 + np.log2(max(limit / multiple, 1))
-    assert all(b <= 2 * a for a, b in itertools.pairwise(buckets))
+    assert len(buckets) <= 2 + (1 + middles) * np.log2(max(limit / multiple, 1))
+    assert all(b <= (1.5 if middles and a > multiple else 2) * a for a, b in itertools.pairwise(buckets))
 
 
 def test_no_bucket_is_large_enough():

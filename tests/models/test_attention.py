@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from jaxrl_llm.models import attention as module
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.attention import attention, causal_attention, causal_mask, splash_rows
+from jaxrl_llm.models.attention import attention, causal_mask, row_attention, splash_rows
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import abstract
 from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
@@ -19,11 +19,14 @@ from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh
 CFG = ModelConfig(
     num_heads=4, num_kv_heads=2, attention_softcap=5.0, window=9, layer_kinds=("local", "global")
 )
-SCORES = re.compile(r"dot_general.*64x64x")
+SCORES = re.compile(r"dot_general.*(64x64|130x130)x")
 KINDS = {
     "global": dataclasses.replace(CFG, attention_softcap=None, window=None, layer_kinds=()),
     "softcap_mixed": CFG,
     "all_local": dataclasses.replace(CFG, attention_softcap=None, layer_kinds=("local", "local")),
+    "bidirectional": dataclasses.replace(
+        CFG, attention_softcap=None, window=None, layer_kinds=(), causal=False
+    ),
 }
 
 
@@ -63,6 +66,45 @@ def test_kernel_equals_dense(window, local, softcap, packed):
     )
     for one, other in zip(kernel, dense):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_kernel_equals_dense_without_causality(packed):
+    """In emulation: neither another sequence of the row nor what fills the kernel's block is seen."""
+    *qkv, cotangent = random_inputs()
+    length = qkv[0].shape[1]
+    segments = np.where(np.arange(length) < 70, 1, np.where(np.arange(length) < 120, 2, 0)).astype(np.int32)
+    mask = jnp.asarray(segments[:, None] == segments if packed else np.ones((length, length), bool))
+    segments = jnp.broadcast_to(segments, (2, length)) if packed else None
+    options = dict(window=None, scale=0.3, softcap=None)
+    kernel = value_and_gradients(
+        lambda *qkv: splash_rows(*qkv, segments, None, causal=False, interpret=True, **options),
+        *qkv,
+        cotangent,
+    )
+    dense = value_and_gradients(
+        lambda *qkv: row_attention(*qkv, None, segments, None, causal=False, rules=None, **options),
+        *qkv,
+        cotangent,
+    )
+    expected = value_and_gradients(
+        lambda q, k, v: attention(q, k, v, mask[None, None], scale=0.3, softcap=None), *qkv, cotangent
+    )
+    for one, other, third in zip(kernel, dense, expected):
+        np.testing.assert_allclose(one, third, atol=2e-5)
+        np.testing.assert_allclose(other, third, atol=2e-6)
+
+
+def test_rows_of_many_queries_are_cut_and_a_window_is_refused(monkeypatch):
+    q, k, v, _ = random_inputs(length=75)
+    options = dict(scale=0.3, softcap=None, rules=None, causal=False)
+    segments = jnp.asarray(np.arange(75) >= 40, jnp.int32)[None].repeat(2, axis=0)
+    whole = row_attention(q, k, v, None, segments, None, window=None, **options)
+    monkeypatch.setattr(module, "WIDE_CHUNK", 16)
+    cut = row_attention(q, k, v, None, segments, None, window=None, **options)
+    np.testing.assert_allclose(cut, whole, atol=2e-6)
+    with pytest.raises(ValueError, match="window=4 looks back only"):
+        row_attention(q, k, v, None, segments, None, window=4, **options)
 
 
 def loss(params, tokens, cfg, segment_ids=None, rules=None, remat="none"):
@@ -120,7 +162,7 @@ def test_kernel_on_a_mesh_equals_dense(monkeypatch, kv_heads):
     positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
     settings = dict(window=None, scale=0.3, softcap=None)
     dense = value_and_gradients(
-        lambda q, k, v: causal_attention(q, k, v, positions, None, None, rules=None, **settings),
+        lambda q, k, v: row_attention(q, k, v, positions, None, None, rules=None, **settings),
         *qkv,
         cotangent,
     )
@@ -129,7 +171,7 @@ def test_kernel_on_a_mesh_equals_dense(monkeypatch, kv_heads):
     rules = dataclasses.replace(ShardingRules(), kv_heads=kv_heads)
     with jax.set_mesh(make_mesh(data=2, tensor=2)):
         kernel = value_and_gradients(
-            lambda q, k, v: causal_attention(q, k, v, positions, None, None, rules=rules, **settings),
+            lambda q, k, v: row_attention(q, k, v, positions, None, None, rules=rules, **settings),
             *qkv,
             cotangent,
         )

@@ -40,6 +40,13 @@ GEMMA = dataclasses.replace(
     window=8,
     layer_kinds=("local", "global", "local"),
 )
+LLADA = dataclasses.replace(
+    CFG, family="llada", head_dim=4, qk_norm=False, tied_head=False, causal=False, mask_id=47
+)
+DREAM = dataclasses.replace(LLADA, family="Dream", qkv_bias=True, logits_shift=1)
+
+
+ROUND_TRIPS = ["tied", "biases_untied", "gemma", "llada", "dream"]
 
 
 def random_params(cfg, dtype=jnp.float32):
@@ -55,7 +62,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(np.asarray(x).view(bits), np.asarray(y).view(bits), str(path))
 
 
-@pytest.mark.parametrize("cfg", [CFG, BIASES, GEMMA], ids=["tied", "biases_untied", "gemma"])
+@pytest.mark.parametrize("cfg", [CFG, BIASES, GEMMA, LLADA, DREAM], ids=ROUND_TRIPS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 3000], ids=["one_file", "sharded"])
 def test_round_trip_is_exact(tmp_path, cfg, dtype, max_shard_bytes):
@@ -75,7 +82,8 @@ def test_round_trip_is_exact(tmp_path, cfg, dtype, max_shard_bytes):
             assert file.stat().st_size < 3000 + 2000 or len(held) == 1
     else:
         assert [f.name for f in files] == ["model.safetensors"]
-    assert read_config(tmp_path)["dtype"] == np.dtype(dtype).name
+    dtype_key = "dtype" if cfg.causal else "torch_dtype"  # what their own code, of transformers 4, reads
+    assert read_config(tmp_path)[dtype_key] == np.dtype(dtype).name
 
 
 def test_layout_is_the_transpose_by_head(tmp_path):

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from jaxrl_llm.models import params as params_lib
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.attention import causal_attention, splash_rows
+from jaxrl_llm.models.attention import row_attention, splash_rows
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.scoring import score, score_groups
 from jaxrl_llm.parallel.sharding import ShardingRules, batch_sharding, make_mesh, shardings
@@ -118,7 +118,7 @@ def test_the_kernel_equals_dense_attention_after_a_prompt(window):
     options = {"window": window, "scale": 0.3, "softcap": None}
 
     def dense(q, k, v):
-        return causal_attention(q, k, v, positions, segments, None, rules=None, **options)
+        return row_attention(q, k, v, positions, segments, None, rules=None, **options)
 
     def kernel(q, k, v):
         return splash_rows(q, k, v, segments, None, interpret=True, **options)

@@ -358,7 +358,7 @@ def test_logits_that_are_nan_fail_their_request_alone():
 
 def test_a_block_that_is_no_power_of_two_holds_what_it_promises():
     cfg = dataclasses.replace(TINY, num_layers=1)
-    engine = make_engine(cfg, block=24, max_length=60, stop_ids=())
+    engine = make_engine(cfg, widths=None, block=24, max_length=60, stop_ids=())
     r = Request(make_prompt(7), max_new_tokens=53, uid=1)
     c = engine.generate([r])[0]
     assert len(c.tokens) == 53
@@ -403,3 +403,26 @@ def test_nothing_is_traced_twice():
         engine.step()
         engine.update(prepared(TINY, seed % 2), version=seed)
     assert [f._cache_size() for f in functions] == before
+
+
+def test_after_warm_up_nothing_is_compiled():
+    """Contexts read at once and in pieces, and every width."""
+    engine = make_engine(dataclasses.replace(TINY, num_layers=1), widths=(16, 32, 64, 128))
+    engine.warm_up()
+    assert not any(jax.device_get(engine.slots.left)) and not engine.contexts.remembered.entries
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    engine.generate(mixed_requests(40, longest=79))
+    heard = list(compiled)
+    jax.jit(lambda x: x + 1)(jnp.zeros(()))
+    assert not heard and compiled
+
+
+def test_only_an_idle_engine_warms_up():
+    engine = make_engine()
+    engine.submit(Request(make_prompt(5), max_new_tokens=40))
+    engine.step()
+    with pytest.raises(RuntimeError, match="1 requests are running"):
+        engine.warm_up()

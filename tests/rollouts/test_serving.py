@@ -2,12 +2,16 @@
 
 import asyncio
 import dataclasses
+import json
+import sys
 import threading
 import time
+from typing import Annotated, Literal
 
 import httpx2
 import numpy as np
 import openai
+import pydantic
 import pytest
 import uvicorn
 from hypothesis import example, given
@@ -15,20 +19,23 @@ from hypothesis import strategies as st
 from tiny_engine import TINY, make_engine, make_prompt
 
 from jaxrl_llm.data import tokenizers
-from jaxrl_llm.rollouts.completion_api import uid_of
+from jaxrl_llm.rollouts.completion_api import BadRequest, read_call, uid_of
 from jaxrl_llm.rollouts.engine import Request
 from jaxrl_llm.rollouts.serving import make_app
+from jaxrl_llm.rollouts.serving_rules import BIASES, RowRules, serving_rules
 from jaxrl_llm.rollouts.single_turn import stop_finder
-from jaxrl_llm.rollouts.streaming import TextStream
+from jaxrl_llm.rollouts.streaming import Offsets, TextStream
+from jaxrl_llm.sampling.rules import bias, min_tokens, penalties
 
 CFG = dataclasses.replace(TINY, vocab_size=320)
 BYTES = tokenizers.load("bytes")
+RULES = serving_rules(CFG.vocab_size, BYTES.eos_ids)
 CHAT = [{"role": "user", "content": "hello"}]
 
 
 class Server:
     def __init__(self):
-        self.engine = make_engine(CFG, stop_ids=BYTES.eos_ids)
+        self.engine = make_engine(CFG, stop_ids=BYTES.eos_ids, rules=RULES)
         app = make_app(self.engine, BYTES, model="tiny")
         config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
         self.server = uvicorn.Server(config)
@@ -60,7 +67,7 @@ def server():
 
 def by_engine(ids, seed, choice=0, **options):
     """What an engine of its own writes."""
-    engine = make_engine(CFG, stop_ids=BYTES.eos_ids)
+    engine = make_engine(CFG, stop_ids=BYTES.eos_ids, rules=RULES)
     return engine.generate([Request(ids, uid=uid_of(seed, choice), **options)])[0]
 
 
@@ -94,6 +101,8 @@ def test_completions_are_the_engine_s(server):
             np.testing.assert_allclose(logprobs["token_logprobs"], want.raw_logp, atol=2e-6)
             np.testing.assert_allclose(logprobs["behaviour_logprobs"], want.behaviour_logp, atol=2e-6)
             assert choice.text == BYTES.decode(want.tokens) and choice.finish_reason == want.reason
+            for token, at in zip(want.tokens, choice.logprobs.text_offset):
+                assert token >= 128 or choice.text[at] == chr(token)
             total += len(want.tokens)
         assert reply.usage.completion_tokens == total and reply.usage.prompt_tokens == len(context)
     first, second = reply.choices
@@ -151,6 +160,132 @@ def test_stop_strings_end_a_text_and_are_not_in_it(server):
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
 
 
+# --- rules of decoding
+
+
+def test_penalties_are_the_engine_s(server):
+    """The repetition penalty holds for each prompt's own tokens."""
+    prompts = [make_prompt(4), make_prompt(5)]
+    asked = {"presence": 0.5, "frequency": 0.25, "repetition": 1.5}
+    reply = server.client.completions.create(
+        model="tiny",
+        prompt=prompts,
+        n=2,
+        seed=1,
+        logprobs=0,
+        max_tokens=40,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={"65": 2.5, "66": -100},
+        extra_body={"repetition_penalty": 1.5, "min_tokens": 3},
+    )
+    vocab_size, neutral = CFG.vocab_size, server.engine.neutral
+    for i, choice in enumerate(reply.choices):
+        ids = prompts[i // 2]
+        states = (
+            penalties(ids, vocab_size, **asked),
+            bias({65: 2.5, 66: -100}, BIASES, vocab_size),
+            neutral[2],
+            min_tokens(3),
+        )
+        want = by_engine(ids, 1, i, max_new_tokens=40, rules=states)
+        got = choice.logprobs.to_dict()
+        assert got["token_ids"] == want.tokens.tolist() and 66 not in want.tokens
+        np.testing.assert_allclose(got["token_logprobs"], want.raw_logp, atol=2e-6)
+        np.testing.assert_allclose(got["behaviour_logprobs"], want.behaviour_logp, atol=2e-6)
+        plain = by_engine(ids, 1, i, max_new_tokens=40)
+        assert got["token_ids"] != plain.tokens.tolist()
+
+
+def test_bias_and_least_length(server):
+    """What is all but certain: a token, or the end as soon as it may come. Neighbours know nothing of it."""
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 20, "seed": 4}
+    create = server.client.completions.create
+    assert create(**asked, logit_bias={"65": 100}).choices[0].text == "A" * 20
+    ends = {str(token): 100 for token in BYTES.eos_ids}
+    for least in (0, 5):
+        reply = create(**asked, logit_bias=ends, extra_body={"min_tokens": least})
+        assert reply.usage.completion_tokens == least + 1 and reply.choices[0].finish_reason == "stop"
+    want = BYTES.decode(by_engine(BYTES.encode_prompt("a"), 4, max_new_tokens=20).tokens)
+    assert create(**asked).choices[0].text == want
+
+
+class Part(pydantic.BaseModel):
+    name: Literal["left", "right"]
+    on: bool | None
+
+
+class Reply(pydantic.BaseModel):
+    kind: Literal["a", "b"]
+    parts: Annotated[list[Part], pydantic.Field(min_length=1, max_length=2)]
+
+
+def test_structured_outputs(server):
+    """A random model writes what the client's own parser takes, streaming or not, and other rows are free."""
+    asked = {"model": "tiny", "messages": CHAT, "seed": 3, "max_tokens": 110}
+    reply = server.client.chat.completions.parse(**asked, n=3, response_format=Reply)
+    assert all(isinstance(choice.message.parsed, Reply) for choice in reply.choices)
+    assert len({choice.message.content for choice in reply.choices}) > 1
+    with server.client.chat.completions.stream(**asked, response_format=Reply) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == reply.choices[0].message.parsed
+    free = server.client.chat.completions.create(**asked).choices[0].message.content
+    want = by_engine(BYTES.encode_chat(CHAT), 3, max_new_tokens=110)
+    assert free == BYTES.decode(want.tokens)
+
+
+def test_json_objects(server):
+    """With a bias for what ends strings and objects, so that they end."""
+    reply = server.client.completions.create(
+        model="tiny",
+        prompt="json: ",
+        n=8,
+        seed=0,
+        max_tokens=100,
+        logit_bias={"34": 3, "125": 3},
+        extra_body={"response_format": {"type": "json_object"}},
+    )
+    ended = [choice.text for choice in reply.choices if choice.finish_reason == "stop"]
+    assert len(ended) >= 4 and all(isinstance(json.loads(text), dict) for text in ended)
+    assert any(json.loads(text) for text in ended)
+
+
+def test_what_asks_for_nothing_is_taken(server):
+    nothing = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "service_tier": "auto"}
+    nothing |= {"echo": False, "best_of": 1, "suffix": "", "logit_bias": {}, "user": "me", "min_tokens": 0}
+    nothing |= {"response_format": {"type": "text"}, "presence_penalty": 0, "repetition_penalty": 1}
+    body = {"model": "tiny", "prompt": "a", "seed": 1, "max_tokens": 5}
+    plain, same = (httpx2.post(f"{server.url}/completions", json=x).json() for x in (body, body | nothing))
+    assert same["choices"] == plain["choices"]
+
+
+def schema(**inner):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": inner}}}
+
+
+def test_an_engine_without_rules_refuses_them():
+    engine = make_engine(CFG, stop_ids=BYTES.eos_ids)
+    rules, limits = RowRules(engine, BYTES), {"chat": False, "model": "tiny", "max_length": 128}
+    call = read_call({"model": "tiny", "prompt": "a"}, BYTES, **limits)
+    assert rules.ruled(call) is call
+    for change in (
+        {"presence_penalty": 1},
+        {"repetition_penalty": 2},
+        {"logit_bias": {"5": 1}},
+        {"min_tokens": 1},
+        schema(type="null"),
+    ):
+        call = read_call({"model": "tiny", "prompt": "a", **change}, BYTES, **limits)
+        with pytest.raises(BadRequest, match=f"{next(iter(change))} is not offered by this engine"):
+            rules.ruled(call)
+
+
+def test_without_the_extra_it_is_said_what_to_install(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    body = {"model": "tiny", "prompt": "a", **schema(enum=["something", "new"])}
+    reply = httpx2.post(f"{server.url}/completions", json=body)
+    assert reply.status_code == 400 and "pip install outlines-core" in reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slots(server, stream):
     """Each of its requests is cancelled, those that still wait among them, and the next is served."""
@@ -194,7 +329,19 @@ BAD = {
     "seed": ({"seed": 1.5}, "seed=1.5 must be a whole number"),
     "stream": ({"stream": 1}, "stream=1 must be true or false"),
     "logprobs": ({"logprobs": 5}, "logprobs=5: only the tokens that were drawn"),
-    "penalty": ({"presence_penalty": 1}, "presence_penalty=1 is not offered here"),
+    "tools": ({"tools": [{}]}, "tools=[{}] is not offered here"),
+    "penalty": ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be a number from -2 to 2"),
+    "repetition": ({"repetition_penalty": 0}, "repetition_penalty=0.0 must be a finite number above 0"),
+    "bias": ({"logit_bias": {"5": 200}}, "logit_bias: 5=200 must be a number from -100 to 100"),
+    "bias's ids": ({"logit_bias": {"a": 1}}, "must map ids of tokens to numbers"),
+    "large id": ({"logit_bias": {"9" * 30: 1}}, "must map ids of tokens to numbers"),
+    "biased token": ({"logit_bias": {"400": 1}}, "token id 400 is outside the vocabulary of 320"),
+    "penalised prompt": ({"prompt": [400], "presence_penalty": 1}, "token id 400 is outside the vocabulary"),
+    "min_tokens": ({"min_tokens": 17}, "min_tokens=17 must be a whole number from 0 to 16"),
+    "format and least": ({"min_tokens": 1, **schema(type="null")}, "min_tokens=1 with a response_format"),
+    "format": ({"response_format": {"type": "xml"}}, "response_format={'type': 'xml'} must be"),
+    "schema": (schema(type="tree"), "response_format: JSON schema at #: unknown type 'tree'"),
+    "large schema": (schema(type="string", maxLength=10**6), "more than 16384 parts"),
     "unknown": ({"temprature": 1}, "unknown parameter temprature=1"),
     "empty prompt": ({"prompt": ""}, "prompt='' must be a text"),
     "no prompts": ({"prompt": []}, "prompt=[] has nothing to continue"),
@@ -317,11 +464,14 @@ def test_stream_hears_of_an_engine_that_stops(monkeypatch):
     cuts=st.lists(st.integers(1, 5), max_size=30),
 )
 @example(text="éaab", junk=b"", stops=["ab"], cuts=[1, 3])
+@example(text="baa", junk=b"", stops=["a", "baa"], cuts=[2])
 def test_pieces_of_text_join_whatever_the_cuts(text, junk, stops, cuts):
     """Characters and stop strings across pieces, and bytes that are no text."""
     ids = [*text.encode(), *junk]
     whole = BYTES.decode(ids)
-    end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
+    complete = [n for n in range(len(whole) + 1) if any(whole[:n].endswith(stop) for stop in stops)]
+    seen = whole[: complete[0]] if complete else whole
+    end = min((len(seen) - len(stop) for stop in stops if seen.endswith(stop)), default=len(seen))
     stream, pieces = TextStream(BYTES, stops), []
     for cut in cuts:
         pieces.append(stream.push(ids[:cut], last=False))
@@ -329,6 +479,26 @@ def test_pieces_of_text_join_whatever_the_cuts(text, junk, stops, cuts):
         ids = ids[cut:]
     pieces.append(stream.push(ids, last=True))
     assert "".join(pieces) == whole[:end]
+
+
+@given(
+    st.lists(st.one_of(st.text("abé漢😀", max_size=3).map(str.encode), st.binary(max_size=2)), max_size=12),
+    st.lists(st.integers(0, 3), max_size=40),
+)
+@example([b"a\xe6", b"b\xc3", "é漢".encode()], [1, 1, 2])
+def test_offsets_say_where_tokens_begin(parts, cuts):
+    """By the text of every beginning, whatever bytes are in it; a token that writes nothing is at its end."""
+    left, offsets, before = b"".join(parts), Offsets(), b""
+    while left:
+        size = cuts.pop() if cuts else 1
+        token, left = left[:size], left[size:]
+        at = offsets.push(token)
+        text = (before + token + left).decode(errors="replace")
+        if token[:1].isascii() and token:
+            assert text[at] == chr(token[0])
+            assert text[:at] == before.decode(errors="replace")
+        assert len(before.decode(errors="ignore")) <= at <= len(before.decode(errors="replace"))
+        before += token
 
 
 def test_a_stop_found_in_tokens_is_the_one_found_in_text():

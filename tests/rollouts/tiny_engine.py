@@ -62,7 +62,14 @@ def prepared(cfg: ModelConfig = TINY, seed: int = 0):
 
 def make_engine(cfg: ModelConfig = TINY, *, seed: int = 0, **options) -> Engine:
     """Four slots, contexts of up to 128 tokens in two widths."""
-    options = {"slots": 4, "max_length": 128, "block": 16, "buckets": (16, 32), "stop_ids": STOP} | options
+    options = {
+        "slots": 4,
+        "max_length": 128,
+        "block": 16,
+        "widths": (64, 128),
+        "buckets": (16, 32),
+        "stop_ids": STOP,
+    } | options
     engine = Engine(prepared(cfg, seed), cfg, key=options.pop("key", KEY), **options)
     engine.stop_ids = jnp.resize(engine.stop_ids, len(STOP) + 1)  # one compilation with and without any
     return engine

@@ -1,5 +1,6 @@
 """Guided decoding: whatever a random model writes matches, and the mass that was kept is exact."""
 
+import itertools
 import json
 import re
 
@@ -17,8 +18,9 @@ from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rollouts.engine import Engine
 from jaxrl_llm.rollouts.requests import Request
+from jaxrl_llm.sampling.automata import automaton, over_tokens
 from jaxrl_llm.sampling.autoregressive import prepare
-from jaxrl_llm.sampling.guided import json_schema, make_guide
+from jaxrl_llm.sampling.guided import grammar, grammar_rule, json_object, json_schema, make_guide
 from jaxrl_llm.sampling.logits import sample, sampling_params
 
 V = 270  # a few rows more than the tokenizer has ids, as padded vocabularies have
@@ -168,6 +170,55 @@ def test_the_table_accepts_what_re_accepts(pattern, text):
     assert (end is not None) == bool(re.fullmatch(pattern, text))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["(ab|é)*c?", "(a|ba){2,4}", "[^b]*b", "é{1,3}|a(bc)+"]),
+    st.lists(st.text("abcé", min_size=1, max_size=3), min_size=1, max_size=6, unique=True),
+    st.lists(st.integers(0, 5), max_size=5),
+)
+def test_tokens_of_any_length_go_where_their_bytes_go(pattern, pieces, picks):
+    """Any tokens one after the other, where Python's re finds that up to three more make a match."""
+    written = [*(piece.encode() for piece in pieces), None]
+    eos = len(pieces)
+    texts = ["".join(some) for n in range(4) for some in itertools.product(pieces, repeat=n)]
+    try:
+        table, classes = over_tokens(automaton(pattern), written, [eos], len(written))
+    except ValueError:
+        assert not any(re.fullmatch(pattern, text) for text in texts)
+        return
+    state, text = 0, ""
+    for pick in picks:
+        assert (table[state, classes[eos]] >= 0) == bool(re.fullmatch(pattern, text))
+        allowed = [token for token in range(eos) if table[state, classes[token]] >= 0]
+        for token, piece in enumerate(pieces):
+            if any(re.fullmatch(pattern, text + piece + end) for end in texts):
+                assert token in allowed
+        if not allowed:
+            break
+        token = allowed[pick % len(allowed)]
+        state, text = int(table[state, classes[token]]), text + pieces[token]
+
+
+def test_a_grammar_per_row_is_the_engine_s():
+    """Rows with grammars of their own and a free row take the same ways as in one table of all."""
+    names = ["words", None, "call"]
+    rule = grammar_rule(V, 1 << 15)
+    free = jax.tree.map(lambda x: x[0], rule.init(1))
+    rows = [free if name is None else grammar(PATTERNS[name], BYTES, V, 1 << 15) for name in names]
+    own = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+    shared = jnp.asarray([0 if name is None else GUIDE.start(name) for name in names])
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, V)), jnp.float32)
+    apply, advance = jax.jit(rule.apply), jax.jit(rule.advance)
+    for step in range(12):
+        out = apply(own, logits)
+        assert np.array_equal(out, GUIDE.rule.apply(shared, logits))
+        assert np.array_equal(out[1], logits[1])
+        token = jnp.argmax(jnp.roll(out, step, axis=1), axis=1) - step
+        token = jnp.where(token < 0, token + V, token)
+        live = jnp.asarray([True, True, step % 2 == 0])
+        own, shared = advance(own, token, live), GUIDE.rule.advance(shared, token, live)
+
+
 def test_rows_that_are_done_stay_where_they_are():
     state = jnp.asarray([GUIDE.start("words"), GUIDE.start("words"), 0])
     after = GUIDE.rule.advance(state, jnp.full(3, ord("c")), jnp.array([True, False, True]))
@@ -223,7 +274,26 @@ def test_classes_make_the_table_small_and_lose_nothing():
         guide.start("y", BYTES.encode("zoo"))
 
 
+def test_strings_of_bounded_length_take_states_by_their_length():
+    """Not two to the power of it, which escaped quotes make of a search that may start anywhere."""
+    sizes = [len(automaton(json_schema({"type": "string", "maxLength": n})).table) for n in (20, 40, 60)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] < 20 * 12
+
+
 # --- JSON schemas
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_json_objects_by_depth(depth):
+    guide = make_guide({"g": json_object(depth)}, BYTES, V)
+    good = ["{}", '{"a": true,"b":"\\n"}', '{"a": -1.5e3}']
+    good += ['{"a":[[], {}, 1, null], "b": {"c": {}, "d": ["e"]}}'] * (depth == 2)
+    for text in good:
+        json.loads(text)
+        assert guide.start("g", [*BYTES.encode(text), *BYTES.eos_ids[:1]]) > 0
+    for bad in ("[]", '{"a"}', '{"a":1,}', '{"a":01}', '{"a":' + "[" * (depth + 1)):
+        with pytest.raises(ValueError, match="goes on"):
+            guide.start("g", BYTES.encode(bad))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +353,13 @@ def test_schema_by_cases(schema, good, bad):
         ({"type": "string", "enum": ["a", 1]}, "1 is not of type string"),
         ({"enum": []}, "nothing says"),
         ({"type": "array"}, "needs items"),
+        ({"type": {}}, "{} is no value of type"),
+        ({"type": "string", "maxLength": "9"}, "'9' is no value of maxLength"),
+        ({"type": "string", "minLength": -1}, "-1 is no value of minLength"),
+        ({"properties": ["a"]}, "['a'] is no value of properties"),
+        ({"properties": {"a": {"type": "null"}}, "required": [["a"]]}, "[['a']] is no value of required"),
+        ({"anyOf": {"type": "null"}}, "{'type': 'null'} is no value of anyOf"),
+        ({"type": "string", "pattern": 1}, "1 is no value of pattern"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "no string has"),
     ],
     ids=str,
@@ -295,8 +372,11 @@ def test_what_cannot_be_kept_to_is_refused(schema, message):
 def test_bad_input():
     with pytest.raises(ValueError, match="unknown grammar 'x'; one of date"):
         GUIDE.start("x")
-    for pattern in ("(a", "a)(b", "(?=a)b", "^a$"):
+    for pattern in ("(a", "a)(b", "(?=a)b", "^a$", "b|^a", r"a|\bb", "(a{500}){,500}", "[a&&b]"):
         with pytest.raises(ValueError, match=re.escape(f"grammar 'g', pattern {pattern!r}")):
             make_guide({"g": pattern}, BYTES, V)
     with pytest.raises(ValueError, match="262 ids and the model's vocabulary 100 rows"):
         make_guide({"g": "a"}, BYTES, 100)
+    with pytest.raises(ValueError, match="its 502 states do not fit into a table of 512 entries"):
+        grammar("a{500}b?", BYTES, V, 512)
+    assert make_guide({"g": r"[)^$(]\)\\[(]{1,2}"}, BYTES, V).start("g", BYTES.encode(r"^)\(("))

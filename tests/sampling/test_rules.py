@@ -16,6 +16,8 @@ from jaxrl_llm.rollouts.requests import Request
 from jaxrl_llm.sampling.autoregressive import prepare
 from jaxrl_llm.sampling.logits import sample, sampling_params
 from jaxrl_llm.sampling.rules import (
+    bias,
+    bias_rule,
     forbid,
     forbid_rule,
     force,
@@ -111,15 +113,24 @@ def test_forbidden_and_forced_and_min_tokens():
     assert rule.apply(state, logits).tolist() == logits.tolist()
 
 
-@pytest.mark.parametrize("index", range(len(RULES)))
+def test_bias_by_hand():
+    """Rows have their own; a token of many is as good as one of few."""
+    rule = bias_rule(3)
+    state = stack(bias({0: 1.5, 3: -2.0}, 3, 4), bias({}, 3, 4), bias({3: 0.25}, 3, 4))
+    out = rule.apply(rule.advance(state, jnp.zeros(3, jnp.int32), jnp.ones(3, bool)), jnp.ones((3, 4)))
+    assert out.tolist() == [[2.5, 1, 1, -1], [1, 1, 1, 1], [1, 1, 1, 1.25]]
+
+
+@pytest.mark.parametrize("index", range(len(RULES) + 1))
 def test_off_changes_no_bit_beside_a_row_that_is_on(index):
     """Whatever has been written, and in one batch with a row whose rule is on; dead rows don't move on."""
-    rule = RULES[index]
+    rule = (*RULES, bias_rule(2))[index]
     on = [
         penalties([1], V, repetition=1.7, presence=0.3, frequency=1.0),
         forbid([1], V),
         force([1, 2], 4, V),
         min_tokens(1),
+        bias({0: 1.0}, 2, V),
     ][index]
     off = jax.tree.map(lambda x: x[0], rule.init(1))
     state = stack(off, on)
@@ -262,6 +273,12 @@ def test_bad_input():
         force([1, 2, 3], 2, V)
     with pytest.raises(ValueError, match="min_tokens=-1"):
         min_tokens(-1)
+    with pytest.raises(ValueError, match="2 biased tokens and bias_rule has room for 1"):
+        bias({1: 1.0, 2: 1.0}, 1, V)
+    with pytest.raises(ValueError, match="token id 150"):
+        bias({150: 1.0}, 1, V)
+    with pytest.raises(ValueError, match="bias of token 3 is -inf"):
+        bias({3: -np.inf}, 1, V)
     engine = make_engine()
     with pytest.raises(ValueError, match="2 states for the engine's 4 rules"):
         engine.submit(Request([5], 8, rules=states([5])[:2]))

@@ -75,8 +75,8 @@ def test_attention_over_blocks_is_softmax_attention():
     masks[1][:] = False  # a whole block out of sight
     masks[2][:, 0] = True
     out = slots.attention_over_blocks(
-        *jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (q, tuple(keys), tuple(values))),
-        [jnp.asarray(m) for m in masks],
+        *(jnp.asarray(np.array(x), jnp.float32) for x in (q, keys, values)),
+        jnp.asarray(np.array(masks)),
         scale=0.3,
         softcap=2.0,
     )

@@ -98,4 +98,6 @@ def test_a_failed_reward_makes_no_group_differ():
 
 def test_groups_that_differ():
     total = np.array([1, 1, 0, 1, np.nan, 1, np.nan, np.nan, 0.7, 0.7], np.float32)
-    assert differing(total, 2).tolist() == [False, True, False, False, False]
+    assert differing(total, np.repeat(np.arange(5), 2)).tolist() == [False, True, False, False, False]
+    ragged = np.array([2, 2, 2, 5, 5, 5, 5, 9, 7, 7])
+    assert differing(total, ragged).tolist() == [True, False, False, False]  # of 2, 5, 7 and 9

@@ -31,6 +31,7 @@ from jaxrl_llm.models import huggingface, transformer
 from jaxrl_llm.models.scoring import Scores as TokenScores
 from jaxrl_llm.parallel.sharding import ShardingRules, make_mesh, shardings
 from jaxrl_llm.rewards.pool import Scores
+from jaxrl_llm.rollouts import schedules
 from jaxrl_llm.training import loop, stages
 from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints
 from jaxrl_llm.training.evaluation import evaluate
@@ -648,6 +649,81 @@ def test_resume_at_the_end_of_an_epoch(tmp_path):
     shutil.rmtree(parts / "reference")
     with pytest.raises(CheckpointError, match="has lost the reference model"):
         loop.run(make_job(tmp_path, **options, **{"num_steps": 5}), parts)
+
+
+ENGINE = {
+    "rollout.slots": 3,
+    "rollout.allocation": "dynamo",
+    "rollout.allocation_options": {"low": 2, "high": 8, "initial_budget": 3},
+}
+
+
+def test_the_engine_in_the_loop_with_groups_of_several_sizes(tmp_path):
+    """Three steps at once, or stopped after the second; counts and outcomes from the dumped completions."""
+    options = ENGINE | {"optimizer.learning_rate": 1e-2}
+    for name, stops in (("whole", (3,)), ("parts", (2, 3))):
+        for num_steps in stops:
+            job = make_job(tmp_path, **options, **{"num_steps": num_steps})
+            assert job.settings().slots == job.eval_settings().slots == 3
+            loop.run(job, tmp_path / name)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    one, other = saved_arrays(whole, 3), saved_arrays(parts, 3)
+    assert one.keys() == other.keys() and one["version"] == 3
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], name)
+    assert comparable(whole) == comparable(parts)
+    successes, trials = collections.Counter(), collections.Counter()
+    sizes = set()
+    for step, row in enumerate(metrics_of(whole), 1):
+        assert_on_policy(row)
+        assert row["rollout/failed"] == 0 and row["rollout/rows_trained"] == P * G
+        table = pq.read_table(whole / f"completions_{step}.parquet").to_pydict()
+        counts = collections.Counter(table["prompt"])  # in the order of the prompts
+        known = [[known[prompt] for prompt in counts] for known in (successes, trials)]
+        wanted = schedules.allocate(*known, P * G, low=2, high=8, initial_budget=3)
+        assert list(counts.values()) == wanted.tolist()
+        sizes |= set(counts.values())
+        for prompt, reward, advantage in zip(*(table[x] for x in ("prompt", "reward", "advantage"))):
+            assert (reward is None) <= (advantage == 0)
+            successes[prompt] += reward == 1
+            trials[prompt] += reward is not None
+    assert len(sizes) > 1
+    record = (whole / "checkpoints" / "3" / "host" / "metadata").read_text()
+    outcomes = json.loads(record)["host"]["host"]["outcomes"]
+    prompts = [row["prompt"] for row in job.train]
+    assert {prompts[int(i)]: tuple(x) for i, x in outcomes.items()} == {
+        prompt: (successes[prompt], count) for prompt, count in trials.items() if count
+    }
+
+
+def test_a_policy_without_logits_stops_the_run(tmp_path, monkeypatch):
+    """The engine has nothing to draw from, from the second step on: the run says so, saved."""
+    prepare, calls = loop.prepare, itertools.count()
+
+    def broken(params, cfg, dtype):
+        prepared = prepare(params, cfg, dtype)
+        return prepared | {"final_norm": prepared["final_norm"] * jnp.nan} if next(calls) else prepared
+
+    monkeypatch.setattr(loop, "prepare", broken)
+    with pytest.raises(FloatingPointError, match="broke off all 16 completions") as error:
+        loop.run(make_job(tmp_path, **{"rollout.slots": 3}), tmp_path)
+    assert "Saved at step 1 of 4" in error.value.__notes__[0] and len(metrics_of(tmp_path)) == 1
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 1
+
+
+def test_what_an_allocation_cannot_do_is_refused_before_anything_compiles(tmp_path):
+    for change, message in (
+        ({"rollout.slots": 0}, "several sizes, which takes rollout.slots"),
+        ({"rollout.max_attempts": 2}, "set one of the two"),
+        ({"rollout.allocation": "dynamic"}, "did you mean 'dynamo'"),
+        ({"rollout.allocation_options": {"low": 5}}, r"total=16 is not between 4·5 and 4·24"),
+        ({"rollout.allocation_options": {"lowest": 2}}, "lowest"),
+        ({"rollout.slots": -1}, "rollout.slots=-1: at least 0"),
+        ({"mesh.data": 2}, "rollout.slots=3 is not divisible by the mesh's data × fsdp = 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_job(tmp_path, **ENGINE | change)
 
 
 def test_a_run_imports_the_slices_of_its_mesh(tmp_path):
