@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrl_llm.models.huggingface import load
+from jaxrl_llm.models.huggingface_config import config_from_folder
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
-MODULES = ("peers", "report", "toy", "harness", "sampler", "grpo_step", "loss")
+MODULES = ("peers", "report", "toy", "harness", "sampler", "grpo_step", "loss", "rollout", "diffusion")
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ ECHO = """
 """
 
 
-@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss"])
+@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss", "rollout"])
 def test_defaults_and_flags(tools: SimpleNamespace, name: str, tmp_path: pathlib.Path) -> None:
     benchmark = getattr(tools, name).BENCHMARK
     args = tools.harness.parse_args([], benchmark)
@@ -85,7 +88,7 @@ def test_bad_flags_name_the_value(
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss"])
+@pytest.mark.parametrize("name", ["sampler", "grpo_step", "loss", "rollout", "diffusion"])
 def test_every_contender_has_its_script(tools: SimpleNamespace, name: str) -> None:
     benchmark = getattr(tools, name).BENCHMARK
     assert set(benchmark.scripts) == {*benchmark.own, *(peer.name for peer in benchmark.peers)}
@@ -283,6 +286,110 @@ def test_requests_have_new_prompts_each_round(tools: SimpleNamespace) -> None:
     assert first["temperature 1"]["seed"] != second["temperature 1"]["seed"]
 
 
+def test_cases_and_rounds_are_the_benchmarks_own(
+    tools: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse, rollout = tools.harness.parse_args, tools.rollout.BENCHMARK
+    args = parse([], rollout)
+    assert args.cases == list(rollout.cases) and args.repetitions == rollout.repetitions
+    assert parse(["--cases", "queue", "retraces"], rollout).cases == ["queue", "retraces"]
+    assert not hasattr(parse([], tools.sampler.BENCHMARK), "cases")
+    with pytest.raises(SystemExit):
+        parse(["--cases", "tail"], rollout)
+    assert "invalid choice: 'tail'" in capsys.readouterr().err
+
+
+def test_long_tailed_lengths(tools: SimpleNamespace) -> None:
+    lengths = np.array(tools.rollout.long_tail())
+    assert lengths.shape == (256,) and lengths.min() >= 1 and lengths.max() == 512
+    assert abs(lengths.mean() - 64) < 0.1 and np.median(lengths) < 45
+    assert lengths.tolist() == tools.rollout.long_tail()
+
+
+def test_rollout_requests_share_no_prompts(tools: SimpleNamespace) -> None:
+    """What one case has left in a cache must not help another, nor a later round."""
+    rounds = tools.rollout.requests(tools.rollout.TOY)
+    wanted = [request for _ in range(2) for request in next(rounds).values()]
+    prompts = [tuple(prompt[:64]) for request in wanted for prompt in request["prompts"]]
+    assert len(set(prompts)) == len(prompts)
+    for request in wanted:
+        assert len(request["new_tokens"]) == len(request["prompts"]) * request["num_generations"]
+
+
+def test_rollout_goals_are_about_the_fastest(tools: SimpleNamespace) -> None:
+    def goals(case: str, **seconds: float) -> dict[str, float]:
+        names = {
+            "ours": "jaxrl_llm",
+            "cb": "transformers-cb",
+            "bare": "bare products",
+            "tunix": "google-tunix",
+        }
+        rows = [tools.report.Row(case, names.get(name, name), [s], 1) for name, s in seconds.items()]
+        return {peer: goal for (_, peer), goal in tools.rollout.goals(rows).items()}
+
+    assert goals("queue", ours=1.0, tunix=5.0, gemma=4.0, cb=2.0) == {"gemma": 3.0, "transformers-cb": 1.5}
+    assert goals("first token", ours=1.0, tunix=5.0, gemma=4.0) == {"google-tunix": 4.0}
+    assert goals("0.6B, float32", ours=1.0, bare=0.9, tunix=5.0) == {
+        "google-tunix": 1.0,
+        "bare products": 0.8,
+    }
+    assert goals("16 rows, T = 1", ours=1.0, tunix=5.0, cb=4.0) == {"transformers-cb": 2.0}
+    assert goals("64 rows, top-p .95", ours=1.0, tunix=5.0) == {"google-tunix": 6.0}
+    assert goals("queue", ours=1.0) == {}
+
+
+def test_rollout_foot_says_whether_anything_was_compiled(tools: SimpleNamespace) -> None:
+    reply = {"requests": 1000, "tokens": 65_432, "traced": 0, "compiled": 0}
+    line = tools.rollout.retraces_line(reply)
+    assert line.startswith("1,000 requests") and "65,432" in line and line.endswith("reached)")
+    assert tools.rollout.retraces_line(reply | {"traced": 1}).endswith("missed)")
+
+
+@pytest.fixture
+def rollout_worker(worker: ModuleType) -> Iterator[ModuleType]:
+    yield importlib.import_module("rollout_worker")
+    sys.modules.pop("rollout_worker", None)
+
+
+def test_batches_without_refill_go_on_until_their_longest_row(rollout_worker: ModuleType) -> None:
+    wanted = rollout_worker.Wanted([[1], [2], [3], [4], [5]], 1, [2, 7, 1, 3, 4], 2, 8, 1.0, 1.0, 0)
+    calls = []
+
+    def generate(rows: slice, new_tokens: int) -> list[list[int]]:
+        calls.append((wanted.prompts[rows], new_tokens))
+        return [prompt * new_tokens for prompt in wanted.prompts[rows]]
+
+    completions = rollout_worker.in_batches(wanted, generate)
+    assert calls == [([[1], [2]], 7), ([[3], [4]], 3), ([[5]], 4)]
+    assert completions == [[1] * 2, [2] * 7, [3], [4] * 3, [5] * 4]
+
+
+def test_rollout_answers(rollout_worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves on by one second per new token of the longest row, and two for the prompts."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(rollout_worker.time, "perf_counter", lambda: now[0])
+
+    def plan(wanted: Any) -> Any:
+        def call() -> list[list[int]]:
+            asked.append(wanted)
+            now[0] += 2 + max(wanted.new_tokens)
+            return [[0] * n for n in wanted.new_tokens]
+
+        return call
+
+    contender = SimpleNamespace(queue_rows=3, plan=plan)
+    request = {"prompts": [[1, 2]], "num_generations": 2, "new_tokens": [4, 5], "rows": None}
+    request |= {"temperature": 1.0, "top_p": 1.0, "seed": 0}
+    assert rollout_worker.answer(contender, request) == {"seconds": 7.0, "tokens": 9}
+    assert asked[0].prompts == [[1, 2], [1, 2]] and (asked[0].rows, asked[0].room) == (3, 7)
+    reply = rollout_worker.answer(contender, request | {"decode_alone": True, "rows": 2})
+    assert reply == {"seconds": 4.0, "tokens": 7, "parts": {"each step": 1.0}}
+    assert asked[2].prompts == [[2, 1], [2, 1]] and (asked[2].rows, asked[2].room) == (2, 7)
+    contender.plan = lambda wanted: lambda: [[0], [0]]
+    with pytest.raises(RuntimeError, match=r"wanted rows of \[4, 5\] new tokens and got \[1, 1\]"):
+        rollout_worker.answer(contender, request)
+
+
 def test_worker_tokenizer_and_reward(worker: ModuleType) -> None:
     numbers = worker.Numbers(4096)
     assert numbers.decode([17, 3, 250]) == "17 3 250" and numbers.encode("17 3 250") == [17, 3, 250]
@@ -395,3 +502,22 @@ def test_contenders_compute_the_loss_of_the_formulas(
     assert reply["temporaries"] > 0
     assert timed["tokens"] == 3 * 16 and timed["seconds"] > 0
     assert ("parts" in timed) == (script == "ours_loss.py")
+
+
+def test_lines_of_the_diffusion_benchmark(tools: SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    row, driver = tools.report.Row, tools.diffusion
+    rows = [
+        row(f"{name}, batch 1", "jaxrl_llm", [seconds, 9.0, 0.1], 64)
+        for name, seconds in (("plain", 1.0), ("FoCore", 1.8), ("8 blocks", 2.0))
+    ]
+    assert driver.own_lines(rows) == ["batch 1: a step of FoCore takes 1.80× that of plain (≤ 1.9×: reached)"]
+    assert "4.00× fewer (3×: reached)" in driver.operations_line({"none": 8e9, "dual": 2e9})
+    assert driver.retraces_line({"values": 8, "traced": 1, "compiled": 0}).endswith("(none wanted: missed)")
+    assert max(max(prompt) for prompt in driver.random_prompts(0, 300)) == driver.LLADA["mask_token_id"] - 1
+    small = driver.LLADA | {
+        **{"d_model": 16, "mlp_hidden_size": 24, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2},
+        **{"vocab_size": 32, "embedding_size": 32, "mask_token_id": 31},
+    }
+    driver.write_model(tmp_path, small)
+    cfg = config_from_folder(tmp_path)
+    assert cfg.mask_id == 31 and load(tmp_path, cfg)["layers"]["gate"].shape == (2, 16, 24)

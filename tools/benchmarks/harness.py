@@ -42,6 +42,8 @@ class Benchmark:
       requests: an endless supply of rounds, each case -> request.
       goals: (case, peer) -> how many times faster ours is meant to be.
       own: the contenders that are not peers, run by this interpreter.
+      cases: that --cases chooses from; () = there is no such flag.
+      repetitions, warmup: how many rounds unless told otherwise.
     """
 
     name: str
@@ -52,6 +54,9 @@ class Benchmark:
     requests: Iterator[Mapping[str, Mapping[str, Any]]]
     goals: Mapping[tuple[str, str], float]
     own: Sequence[str] = (OURS,)
+    cases: Sequence[str] = ()
+    repetitions: int = 7
+    warmup: int = 2
 
 
 def parse_args(argv: Sequence[str], benchmark: Benchmark) -> argparse.Namespace:
@@ -62,8 +67,16 @@ def parse_args(argv: Sequence[str], benchmark: Benchmark) -> argparse.Namespace:
     names = list(benchmark.scripts)
     output = PROJECT / "runs" / "benchmarks" / f"{benchmark.name}.json"
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="contenders (default: all)")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those (default: %(default)s)")
+    if benchmark.cases:
+        cases = list(benchmark.cases)
+        parser.add_argument("--cases", choices=cases, nargs="+", default=cases, help="cases (default: all)")
+    for flag, count, which in (
+        ("--repetitions", benchmark.repetitions, "timed rounds"),
+        ("--warmup", benchmark.warmup, "rounds before those"),
+    ):
+        parser.add_argument(
+            flag, type=int, metavar="N", default=count, help=f"{which} (default: %(default)s)"
+        )
     parser.add_argument(
         "--output",
         type=pathlib.Path,

@@ -57,6 +57,18 @@ TORCH = Peer(
     requirements={"transformers": "5.23.0", "torch": "2.13.0"},
     pip_options="--extra-index-url https://download.pytorch.org/whl/cpu ",
 )
+TORCH_LOOP = dataclasses.replace(
+    TORCH, name="torch", requirements={"torch": TORCH.requirements["torch"], "safetensors": "0.8.0"}
+)
+CONTINUOUS = dataclasses.replace(TORCH, name="transformers-cb")
+GEMMA = Peer(
+    name="gemma",
+    flag="gemma_python",
+    variable="JAXRL_GEMMA_PYTHON",
+    folder=".venv-gemma",
+    requirements={"gemma": "3.3.0"},
+    pip_options="'sentencepiece<=0.2.1' 'jax==0.10.2' ",  # newer ones of the former want another protobuf
+)
 TRL = Peer(
     name="TRL",
     flag=TORCH.flag,

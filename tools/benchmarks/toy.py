@@ -31,24 +31,37 @@ QWEN3: dict[str, Any] = {
 }
 """Its config.json. No EOS: every completion has the same length in every library."""
 
+QWEN3_0_6B: dict[str, Any] = QWEN3 | {
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151_936,
+    "torch_dtype": "bfloat16",
+}
+"""The same in the shape of Qwen3-0.6B."""
+
 
 def write_model(folder: pathlib.Path, config: Mapping[str, Any] = QWEN3, seed: int = 0) -> None:
-    """A random Qwen3 as a Hugging Face folder in float32, which every contender reads.
+    """A random Qwen3 as a Hugging Face folder in the config's dtype, which every contender reads.
 
     The embedding, which is also the head, has standard deviation 0.15: logits of about ±2.4, hence a nucleus
     that is neither everything nor one token.
     """
+    import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by its name from here on)
     from safetensors.numpy import save_file
 
-    rng = np.random.default_rng(seed)
+    rng, dtype = np.random.default_rng(seed), np.dtype(config["torch_dtype"])
     d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
 
     def matrix(rows: int, columns: int, std: float | None = None) -> np.ndarray:
-        return rng.normal(0, std or columns**-0.5, (rows, columns)).astype(np.float32)
+        return rng.normal(0, std or columns**-0.5, (rows, columns)).astype(dtype)
 
     def norm(size: int) -> np.ndarray:
-        return rng.uniform(0.8, 1.2, size).astype(np.float32)
+        return rng.uniform(0.8, 1.2, size).astype(dtype)
 
     tensors = {"embed_tokens": matrix(config["vocab_size"], d, 0.15), "norm": norm(d)}
     for index in range(config["num_hidden_layers"]):

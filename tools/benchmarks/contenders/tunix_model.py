@@ -10,8 +10,8 @@ from tunix.models.qwen3 import params as qwen3_params
 
 
 def load(task: dict[str, Any], mesh: jax.sharding.Mesh | None = None) -> qwen3.Qwen3:
-    """The model, in float32."""
-    config = task["config"]
+    """The model, in the task's dtype (float32 unless it says)."""
+    config, dtype = task["config"], jnp.dtype(task.get("dtype", "float32"))
     shape = qwen3.ModelConfig(
         num_layers=config["num_hidden_layers"],
         vocab_size=config["vocab_size"],
@@ -23,8 +23,10 @@ def load(task: dict[str, Any], mesh: jax.sharding.Mesh | None = None) -> qwen3.Q
         norm_eps=config["rms_norm_eps"],
         rope_theta=config["rope_theta"],
         use_tied_embedding=config["tie_word_embeddings"],
+        dtype=dtype,
+        param_dtype=dtype,
     )
-    return qwen3_params.create_model_from_safe_tensors(task["model"], shape, mesh, dtype=jnp.float32)
+    return qwen3_params.create_model_from_safe_tensors(task["model"], shape, mesh, dtype=dtype)
 
 
 def last_logits(model: qwen3.Qwen3, prompts: list[list[int]]) -> list[float]:
@@ -34,4 +36,4 @@ def last_logits(model: qwen3.Qwen3, prompts: list[list[int]]) -> list[float]:
     positions = jnp.arange(length)[None]
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     logits, _ = model(tokens, positions, None, mask)
-    return np.asarray(logits[0, -1]).tolist()
+    return np.asarray(logits[0, -1], np.float32).tolist()
