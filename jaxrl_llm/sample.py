@@ -5,20 +5,22 @@ r"""Samples from a policy: prompts from --prompt, from a file, or one a line fro
     python -m jaxrl_llm.sample --config=configs/grpo.py:path/to/model --chat
     python -m jaxrl_llm.sample --config=configs/grpo.py:path/to/model --config.rollout.top_p=0.9 \
         --count=4 --input=prompts.jsonl --output=completions.jsonl
+    python -m jaxrl_llm.sample --config=configs/diffusion.py:path/to/model,focore --heat_map=commits.png
 
-On a terminal it asks for prompts, and text appears as it is written. Of a file every row needs a `prompt`
-(text or messages); the output has the rows, in order, with `completions`, `completion_ids`,
-`behaviour_logp` and `raw_logp` (nats, by token) and `reasons` for which they ended.
+On a terminal it asks for prompts, and text appears as it is written; elsewhere it is printed when it is done.
+Of a file every row needs a `prompt` (text or messages); the output has the rows, in order, with
+`completions`, `completion_ids`, `behaviour_logp` and `raw_logp` (nats, by token) and `reasons` for which they
+ended. With a masked diffusion model ids are those of the whole response, and there are `commit_steps` (the
+round that committed each token, from 0; -1 = none did), `steps` (rounds) and `nfe` (forward passes).
 
-Sampling parameters are the config's, under rollout.
+Sampling parameters are the config's: under rollout, or method and settings of `configs/diffusion.py`.
 """
 
-import asyncio
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
@@ -26,9 +28,7 @@ from jaxrl_llm import flags
 
 if TYPE_CHECKING:  # flags are to be read, and shown, before anything slow is imported
     from jaxrl_llm.data.prompts import Prompt
-    from jaxrl_llm.data.tokenizers import Tokenizer
-    from jaxrl_llm.rollouts.engine import Completion, Engine, Request
-    from jaxrl_llm.training.job import Job
+    from jaxrl_llm.data.sources import Row
 
 absl_flags.adopt_module_key_flags(flags)
 
@@ -40,6 +40,9 @@ _INPUT = absl_flags.DEFINE_string("input", None, "JSONL file whose rows have a p
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file to write its rows to, with completions.")
 _CHAT = absl_flags.DEFINE_bool("chat", False, "Wrap each prompt as a user's message in the chat template.")
 _COUNT = absl_flags.DEFINE_integer("count", 1, "Completions per prompt.", lower_bound=1)
+_HEAT_MAP = absl_flags.DEFINE_string(
+    "heat_map", None, "PNG file for when each token of the last completions was committed (diffusion only)."
+)
 _SLOTS = absl_flags.DEFINE_integer("slots", 16, "Completions written at a time.", lower_bound=1)
 
 
@@ -58,104 +61,81 @@ def asked() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def requests(job: "Job", prompt: "Prompt", uid: int) -> "list[Request]":
-    """The completions of a prompt, numbered from `uid`."""
-    from jaxrl_llm.rollouts.engine import Request
-    from jaxrl_llm.rollouts.single_turn import stop_finder
-
-    s = job.settings()
-    find_stop = stop_finder(job.tokenizer, s.stop_strings)
-    sampling = s.temperature, s.top_p, s.top_k, s.min_p
-    return [
-        Request(prompt.ids, s.max_completion_length, *sampling, uid=(uid + i) % 2**31, find_stop=find_stop)
-        for i in range(_COUNT.value)
-    ]
-
-
-async def show(engine: "Engine", tokenizer: "Tokenizer", request: "Request") -> None:
-    """Prints a completion while it is written."""
-    from jaxrl_llm.rollouts.streaming import TextStream
-
-    text = TextStream(tokenizer)
-    async for piece in engine.stream(request):
-        print(text.push(piece.tokens.tolist(), last=bool(piece.reason)), end="", flush=True)
-        if piece.error:
-            print(f"not sampled: {piece.error}", file=sys.stderr)
-    print(flush=True)
-
-
-def batch(engine: "Engine", job: "Job", prompts: "Sequence[Prompt]", output: Path) -> None:
-    """Writes a line for every prompt, as soon as it and those before it are done."""
-    tickets = [[*map(engine.submit, requests(job, p, p.index * _COUNT.value))] for p in prompts]
-    with output.open("w") as file:
-        for prompt, own in zip(prompts, tickets):
-            while not all(ticket.future.done() for ticket in own):
-                engine.step()
-            row = prompt.row | _columns(job.tokenizer, [ticket.future.result() for ticket in own])
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-            own.clear()
-
-
-def _columns(tokenizer: "Tokenizer", completions: "list[Completion]") -> dict[str, Any]:
-    return {
-        "completions": [tokenizer.decode(c.tokens.tolist()) for c in completions],
-        "completion_ids": [c.tokens.tolist() for c in completions],
-        "behaviour_logp": [c.behaviour_logp.tolist() for c in completions],
-        "raw_logp": [c.raw_logp.tolist() for c in completions],
-        "reasons": [c.reason for c in completions],
-    }
-
-
 def main(argv: list[str]) -> None:
     from jaxrl_llm.data.prompts import encode_prompts
+    from jaxrl_llm.data.rows import MalformedRow
     from jaxrl_llm.data.sources import open_source
-    from jaxrl_llm.training import job as jobs
+    from jaxrl_llm.sample_autoregressive import Autoregressive
+    from jaxrl_llm.sample_diffusion import Diffusion
     from jaxrl_llm.training.checkpoints import CheckpointError
 
+    def encode(rows: "Iterable[Row]", place: Callable[[int], str] = "row {}".format) -> "list[Prompt]":
+        limit = sampler.max_prompt_length
+        prompts, _ = encode_prompts(
+            rows, sampler.tokenizer, max_prompt_length=limit, overlong="error", place=place
+        )
+        for prompt in prompts:
+            if sampler.mask_id is not None and sampler.mask_id in prompt.ids:
+                raise MalformedRow(
+                    f"the prompt of {place(prompt.index)} contains the mask token {sampler.mask_id}, which "
+                    "stands for what is to be written: take it out"
+                )
+        return prompts
+
     output = Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
-    rows: list[Prompt] = []
+    picture = Path(_HEAT_MAP.value).expanduser() if _HEAT_MAP.value else None
+    prompts: list[Prompt] = []
+    sampler: Autoregressive | Diffusion
     try:
         if (_INPUT.value is None) != (output is None):
             raise ValueError("--input and --output belong together: give both or neither")
         if _INPUT.value and (_PROMPT.value or _CHAT.value):
             raise ValueError("--input takes no --prompt and no --chat: its rows have prompts, or messages")
-        if output is not None and not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--output={output}: there is no folder {output.absolute().parent}")
-        job = jobs.build(flags.config(), training=False, evaluation=False)
-        limit = job.config.data.max_prompt_length
+        for name, path in (("output", output), ("heat_map", picture)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise FileNotFoundError(f"--{name}={path}: there is no folder {path.absolute().parent}")
+        config = flags.config()
+        if "method" in config:
+            sampler = Diffusion(config, _COUNT.value)
+        else:
+            sampler = Autoregressive(config, _COUNT.value)
+        if picture is not None and (isinstance(sampler, Autoregressive) or picture.suffix != ".png"):
+            raise ValueError(
+                f"--heat_map={picture}: a .png file, for a model sampled by configs/diffusion.py"
+            )
         if _INPUT.value:
             source = open_source("jsonl", path=_INPUT.value)
             if output is not None and output.resolve() == Path(_INPUT.value).expanduser().resolve():
                 raise ValueError(f"--output={output} is the input: name another file")
-            rows, _ = encode_prompts(
-                source, job.tokenizer, max_prompt_length=limit, overlong="error", place=source.place
-            )
-        params, _ = jobs.policy_params(job, flags.workdir(), _STEP.value)
-        engine = jobs.make_engine(job, params, slots=_SLOTS.value)
+            prompts = encode(source, source.place)
+        sampler.load(flags.workdir(), _STEP.value, _SLOTS.value)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         flags.fail(error)
     if output is not None:
-        batch(engine, job, rows, output)
+        with output.open("w") as file:
+            for prompt, columns in zip(prompts, sampler.columns(prompts)):
+                print(json.dumps(prompt.row | columns, ensure_ascii=False), file=file, flush=True)
+        if picture is not None and isinstance(sampler, Diffusion):
+            sampler.draw(picture)
         return
     uid = 0
-    streaming = not _PROMPT.value and sys.stdin.isatty()
     for text in asked():
         row = {"prompt": [{"role": "user", "content": text}] if _CHAT.value else text}
         try:
-            (prompt,), _ = encode_prompts([row], job.tokenizer, max_prompt_length=limit, overlong="error")
+            (prompt,) = encode([row])
         except ValueError as error:
             print(f"not sampled: {error}", file=sys.stderr)
             continue
-        own = requests(job, prompt, uid)
+        if sys.stdout.isatty():
+            sampler.show(prompt, uid)
+        else:
+            for written, problem in sampler.texts(prompt, uid):
+                print(written, flush=True)
+                if problem:
+                    print(f"not sampled: {problem}", file=sys.stderr)
         uid += _COUNT.value
-        if streaming:
-            for request in own:
-                asyncio.run(show(engine, job.tokenizer, request))
-            continue
-        for completion in engine.generate(own):
-            print(job.tokenizer.decode(completion.tokens.tolist()), flush=True)
-            if completion.error:
-                print(f"not sampled: {completion.error}", file=sys.stderr)
+        if picture is not None and isinstance(sampler, Diffusion):
+            sampler.draw(picture)
 
 
 if __name__ == "__main__":

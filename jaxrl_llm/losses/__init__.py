@@ -36,6 +36,9 @@ Every surrogate is `(logp, old_logp, advantages, mask, *, options) -> (loss f[N,
 ² takes a fifth array, the tokens chosen from the global batch by clip_cov_tokens or kl_cov_tokens.
 ³ takes further arrays by name: of peers, of the second track, of the teacher.
 
+Masked-diffusion LMs have no log-prob of a response: `diffusion_policy` has what stands for it (diffu-GRPO,
+coupled-GRPO, a trace) under any surrogate, and SPG; `diffusion` the masks and the loss of pre-training.
+
 How much a token counts: the loss's gradient is −A·w·∇log π, with w a function of r = π/π_old (under gspo
 r is the sequence's and w is shared by its tokens). Inside the bounds w = r; outside them:
 
@@ -89,6 +92,8 @@ from jaxrl_llm.losses.covariance import (
     kl_cov_tokens,
     token_covariance,
 )
+from jaxrl_llm.losses.diffusion import add_noise, example_mean, likelihood_bound, masked_cross_entropy
+from jaxrl_llm.losses.diffusion_policy import coupled_logp, full_mask_logp, spg, spg_bounds, trace_logp
 from jaxrl_llm.losses.distillation import aopd, aopd_from_logits, kdrl, kdrl_beta, opd, rlad
 from jaxrl_llm.losses.divergences import (
     aopd_top_k_kl,
@@ -169,6 +174,7 @@ __all__ = [
     "adaptive_entropy_coefficient",
     "adaptive_entropy_init",
     "adaptive_entropy_update",
+    "add_noise",
     "aggregate",
     "aopd",
     "aopd_from_logits",
@@ -181,6 +187,7 @@ __all__ = [
     "clip_cov",
     "clip_cov_tokens",
     "clipped_value_loss",
+    "coupled_logp",
     "covariance_means",
     "dgpo",
     "dpo",
@@ -188,10 +195,12 @@ __all__ = [
     "dual_track",
     "entropy_bonus",
     "error_suppression",
+    "example_mean",
     "extreme_rows",
     "facet_kl",
     "finalize",
     "forward_kl",
+    "full_mask_logp",
     "gathered_top_k_kl",
     "generalized_jsd",
     "gmpo",
@@ -215,8 +224,10 @@ __all__ = [
     "kl_k3_straight_through",
     "kto",
     "kto_reference_point",
+    "likelihood_bound",
     "log_ratio",
     "luspo",
+    "masked_cross_entropy",
     "merge",
     "mpo",
     "negative_log_likelihood",
@@ -241,9 +252,12 @@ __all__ = [
     "sequence_logp",
     "sgt",
     "simpo",
+    "spg",
+    "spg_bounds",
     "summed_advantages",
     "token_covariance",
     "top_k_kl",
+    "trace_logp",
     "triplet_margin",
     "trrd_log_ratio",
     "uniarm",

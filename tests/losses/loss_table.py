@@ -179,6 +179,15 @@ def _error_suppression(batch: Batch) -> tuple[Array, Metrics]:
     return losses.error_suppression(batch["logits"], right, guess, batch["mask"], correct_weight=0.5)
 
 
+def _masked_cross_entropy(batch: Batch) -> tuple[Array, Metrics]:
+    rate = 0.25 + batch["entropy"] / 4
+    return losses.masked_cross_entropy(batch["logp"], batch["flag"], rate, batch["mask"])
+
+
+def _spg(batch: Batch) -> tuple[Array, Metrics]:
+    return losses.spg(batch["logp"], batch["old_logp"], batch["advantages"], batch["mask"])
+
+
 def _clipped_value_loss(batch: Batch) -> tuple[Array, Metrics]:
     return losses.clipped_value_loss(batch["values"], batch["old_values"], batch["returns"], batch["mask"])
 
@@ -248,6 +257,8 @@ ALL_LOSSES: dict[str, Case] = {
     "entropy_bonus": Case(lambda b: losses.entropy_bonus(b["entropy"], b["mask"]), ("entropy",)),
     # supervised and distillation
     "negative_log_likelihood": Case(lambda b: losses.negative_log_likelihood(b["logp"], b["mask"])),
+    "masked_cross_entropy": Case(_masked_cross_entropy),
+    "spg": Case(_spg, ("logp", "old_logp")),
     "forward_kl": Case(lambda b: _logits(losses.forward_kl, b, temperature=b["row_weight"]), ("logits",)),
     "reverse_kl": Case(partial(_logits, losses.reverse_kl), ("logits",)),
     "generalized_jsd": Case(partial(_logits, partial(losses.generalized_jsd, beta=0.3)), ("logits",)),
@@ -371,5 +382,6 @@ def run(name: str, batch: Batch) -> Result:
 
 @cache
 def jitted(name: str) -> Callable[[Batch], Result]:
-    """`run`, compiled once per shape."""
-    return jax.jit(partial(run, name))
+    """`run`, compiled once per shape; the result is on the host."""
+    compiled = jax.jit(partial(run, name))
+    return lambda batch: jax.device_get(compiled(batch))
