@@ -27,7 +27,7 @@ FUNCTIONS = {
 
 
 def test_importing_pulls_in_jax_alone_and_quickly():
-    """The modules that appear beyond jax's own are ours and the standard library's, in half a second of CPU."""
+    """The modules that appear beyond jax are ours and the standard library's; in half a second of CPU."""
     program = """
 import sys, time, jax, jax.numpy
 before, start = set(sys.modules), time.process_time()
