@@ -24,6 +24,7 @@ from tiny_engine import (
     same_bits,
 )
 
+from jaxrl_llm.models import transformer
 from jaxrl_llm.models.scoring import score
 from jaxrl_llm.rollouts import engine as engine_lib
 from jaxrl_llm.rollouts.engine import Engine, Request, trajectories
@@ -426,3 +427,26 @@ def test_only_an_idle_engine_warms_up():
     engine.step()
     with pytest.raises(RuntimeError, match="1 requests are running"):
         engine.warm_up()
+
+
+def test_the_trainer_agrees_when_rows_are_packed_into_one():
+    requests = mixed_requests(6)
+    completions = make_engine().generate(requests)
+    rows = [[*r.tokens, *c.tokens] for r, c in zip(requests, completions)]
+    ends = np.cumsum([len(row) for row in rows])
+    hidden = transformer.forward(
+        make_params(TINY),
+        jnp.asarray(np.concatenate(rows)[None], jnp.int32),
+        TINY,
+        positions=jnp.asarray(np.concatenate([np.arange(len(row)) for row in rows])[None], jnp.int32),
+        segment_ids=jnp.asarray(np.repeat(np.arange(1, 7), [len(row) for row in rows])[None], jnp.int32),
+    )
+    logits = transformer.logits(make_params(TINY), hidden[0], TINY)
+    for end, r, c in zip(ends, requests, completions):
+        before = logits[end - len(c.tokens) - 1 : end - 1]
+        for temperature, kept, sampled in (
+            (r.temperature, c.log_kept, c.behaviour_logp),
+            (1.0, 0.0, c.raw_logp),
+        ):
+            logp = jax.nn.log_softmax(before / temperature)[np.arange(len(c.tokens)), c.tokens]
+            np.testing.assert_allclose(logp - kept, sampled, atol=1e-5)
