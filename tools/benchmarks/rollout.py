@@ -14,8 +14,8 @@ Toy model (4 layers of width 256, 8 heads over 4, vocabulary 4096, float32):
 - queue: 256 prompts of 64 tokens, whose completions have lengths from a long-tailed distribution: mean 64,
   at most 512 tokens, the same in every round. Ours and transformers-cb (continuous batching) refill, given
   each request's limit; the others serve the queue in batches, in its order, each up to its longest row. Only
-  the tokens that were asked for count. Each library has as many rows at a time, 16 or 64, as it is faster
-  with: `queue_rows` of its file in `contenders/`;
+  the tokens that were asked for count. Each library has as many rows at a time, 16, 32 or 64, as it was
+  faster with: `queue_rows` of its file in `contenders/`;
 - first token: 8 rows of one prompt of 512 tokens, one new token each.
 
 Shape of Qwen3-0.6B, 8 prompts of 32 tokens, the weights in float32 and in bfloat16:

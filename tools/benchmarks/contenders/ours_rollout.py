@@ -27,7 +27,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 class Ours:
     """See `rollout_worker.Contender`."""
 
-    queue_rows = 64
+    queue_rows = 32
 
     def __init__(self, task: dict[str, Any]) -> None:
         params, self.cfg = ours_model.load(task)
