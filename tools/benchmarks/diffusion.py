@@ -17,7 +17,6 @@ guidance weight, threshold and window must trace and compile nothing.
 import contextlib
 import itertools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -194,12 +193,8 @@ def run(argv: Sequence[str]) -> list[Row]:
     Raises:
       SystemExit: something was traced or compiled that should not have been.
     """
-    args = harness.parse_args(argv, BENCHMARK)
-    load = harness.load_average()
-    pythons = harness.find_pythons(args, BENCHMARK)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if hasattr(os, "sched_setaffinity"):  # XLA counts the cores that it may use, and has no flag for them
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    this = harness.begin(argv, BENCHMARK, threads=THREADS)
+    args = this.args
     shared = {name: case for name, case in SHARED.items() if name in args.cases}
     own = {name: case for name, case in OWN.items() if name in args.cases}
     rows: list[Row] = []
@@ -209,7 +204,7 @@ def run(argv: Sequence[str]) -> list[Row]:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model(folder)
         task = {**BENCHMARK.task, "model": str(folder), "prompts": random_prompts(0, 1)}
-        contenders = harness.start(stack, pythons, BENCHMARK, task, args.output)
+        contenders = harness.start(stack, this.pythons, BENCHMARK, task, args.output)
         versions = {contender.name: contender.about["versions"] for contender in contenders}
         harness.check_same_model(contenders)
         ours = next((contender for contender in contenders if contender.name == OURS), None)
@@ -225,16 +220,9 @@ def run(argv: Sequence[str]) -> list[Row]:
         if RETRACES in args.cases and ours:
             retraces = ours.ask({"call": "retraces", "prompts": task["prompts"]})
             lines.append(retraces_line(retraces))
-    print("\n" + report.table(rows, BENCHMARK.goals))
-    print("\n".join(lines))
-    harness.print_differences(BENCHMARK, versions)
-    record = report.record(rows, versions, BENCHMARK.task, load)
-    args.output.write_text(
-        json.dumps(record | {"operations": operations, "retraces": retraces, "notes": lines}, indent=2)
-    )
-    print(f"every timing: {args.output}")
-    if retraces is not None and retraces["traced"] + retraces["compiled"]:
-        raise SystemExit(f"{retraces['traced']} functions were traced, {retraces['compiled']} compiled")
+    lines.insert(0, report.table(rows, BENCHMARK.goals))
+    this.finish(rows, versions, lines, operations=operations, retraces=retraces, notes=lines[1:])
+    harness.refuse_retraces(retraces)
     return rows
 
 

@@ -243,38 +243,82 @@ def start(
     return contenders
 
 
-def load_average() -> float:
-    """Of the last minute; a note is printed where it is too high to trust the ratios."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a benchmark: what `begin` found, and what `finish` writes.
+
+    Attributes:
+      benchmark: what is measured.
+      args: the command line.
+      pythons: contender -> interpreter, for those that are there.
+      load: average of the minute before.
+    """
+
+    benchmark: Benchmark
+    args: argparse.Namespace
+    pythons: Mapping[str, str]
+    load: float
+
+    def finish(
+        self,
+        rows: Sequence[Row],
+        versions: Mapping[str, Mapping[str, str]],
+        lines: Sequence[str],
+        **more: Any,
+    ) -> None:
+        """Prints `lines`, which are the tables, and how versions differ from those meant; writes the JSON.
+
+        Args:
+          more: for the JSON.
+        """
+        print("\n" + "\n".join(lines))
+        for peer in self.benchmark.peers:
+            for note in peer.differences(versions.get(peer.name, peer.requirements)):
+                print(note)
+        record = report.record(rows, versions, self.benchmark.task, self.load) | more
+        self.args.output.write_text(json.dumps(record, indent=2))
+        print(f"every timing: {self.args.output}")
+
+
+def begin(argv: Sequence[str], benchmark: Benchmark, *, threads: int | None = None) -> Run:
+    """Reads the command line, finds the contenders, and makes the folder for the output.
+
+    A note is printed where the machine is too busy to trust the ratios.
+
+    Args:
+      threads: cores that this process and its contenders may use; XLA counts them, and has no flag.
+
+    Raises:
+      SystemExit: a wrong command line, or no contender is installed.
+    """
+    args = parse_args(argv, benchmark)
     load = os.getloadavg()[0]
     if load > BUSY:
         print(f"note: the machine is busy (load {load:.1f}); take no ratio from this run for granted")
-    return load
+    pythons = find_pythons(args, benchmark)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if threads is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    return Run(benchmark, args, pythons, load)
 
 
-def print_differences(benchmark: Benchmark, versions: Mapping[str, Mapping[str, str]]) -> None:
-    """A note for each version that the goals are not about."""
-    for peer in benchmark.peers:
-        for note in peer.differences(versions.get(peer.name, peer.requirements)):
-            print(note)
+def refuse_retraces(reply: Mapping[str, int] | None) -> None:
+    """Ends the process with an error if anything was traced or compiled that should not have been."""
+    if reply is not None and reply["traced"] + reply["compiled"]:
+        raise SystemExit(f"{reply['traced']} functions were traced, {reply['compiled']} compiled")
 
 
 def run(argv: Sequence[str], benchmark: Benchmark) -> list[Row]:
     """A benchmark on the toy model, from the command line to its table and JSON."""
-    args = parse_args(argv, benchmark)
-    load = load_average()
-    pythons = find_pythons(args, benchmark)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    this = begin(argv, benchmark)
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         toy.write_model(folder)
         prompts = toy.random_prompts(0, 1, benchmark.task["prompt_length"])
         task = {**benchmark.task, "model": str(folder), "config": toy.QWEN3, "prompts": prompts}
-        contenders = start(stack, pythons, benchmark, task, args.output)
+        contenders = start(stack, this.pythons, benchmark, task, this.args.output)
         check_same_model(contenders)
-        rows = measure(contenders, benchmark.requests, args.warmup, args.repetitions)
+        rows = measure(contenders, benchmark.requests, this.args.warmup, this.args.repetitions)
     versions = {contender.name: contender.about["versions"] for contender in contenders}
-    print("\n" + report.table(rows, benchmark.goals))
-    print_differences(benchmark, versions)
-    args.output.write_text(json.dumps(report.record(rows, versions, benchmark.task, load), indent=2))
-    print(f"every timing: {args.output}")
+    this.finish(rows, versions, [report.table(rows, benchmark.goals)])
     return rows

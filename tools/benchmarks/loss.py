@@ -18,8 +18,6 @@ about speed. google-tunix 0.1.7 has no chunked form, so that is not in it.
 
 import contextlib
 import itertools
-import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -151,18 +149,12 @@ def tpu_table(compiled: Mapping[str, int | None]) -> str:
 
 def run(argv: Sequence[str]) -> list[Row]:
     """From the command line to the three tables and the JSON."""
-    args = harness.parse_args(argv, BENCHMARK)
-    load = harness.load_average()
-    pythons = harness.find_pythons(args, BENCHMARK)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if hasattr(
-        os, "sched_setaffinity"
-    ):  # XLA has no flag for its threads; it counts the cores that it may use
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: BENCHMARK.task["threads"]])
+    this = harness.begin(argv, BENCHMARK, threads=BENCHMARK.task["threads"])
+    args = this.args
     rows: list[Row] = []
     temporaries: dict[tuple[str, str], int | None] = {}
     with contextlib.ExitStack() as stack:
-        contenders = harness.start(stack, pythons, BENCHMARK, BENCHMARK.task, args.output)
+        contenders = harness.start(stack, this.pythons, BENCHMARK, BENCHMARK.task, args.output)
         for case, sizes in CASES.items():
             prepared = {contender.name: contender.ask({"prepare": sizes}) for contender in contenders}
             check_same_loss(prepared)
@@ -176,20 +168,23 @@ def run(argv: Sequence[str]) -> list[Row]:
         }
     versions = {contender.name: contender.about["versions"] for contender in contenders}
     timings = [Row(row.case, row.contender, row.seconds, row.tokens) for row in rows]
-    print("\n" + report.table(timings, fastest_goals(rows)))
-    if OURS in pythons:
-        print("\n" + work_table(rows, temporaries))
+    lines = [report.table(timings, fastest_goals(rows))]
+    if OURS in this.pythons:
+        lines += ["", work_table(rows, temporaries)]
     if compiled:
         sizes = ", ".join(f"{name} {value}" for name, value in TPU.items())
-        print(f"\nCompiled ahead of time ({sizes}, bfloat16), not run:\n" + tpu_table(compiled))
-    harness.print_differences(BENCHMARK, versions)
-    record = report.record(rows, versions, {**BENCHMARK.task, "cases": CASES, "tpu": TPU}, load)
-    record["temporaries"] = [
-        {"case": case, "contender": name, "bytes": size} for (case, name), size in temporaries.items()
-    ]
-    record["tpu_temporaries"] = compiled
-    args.output.write_text(json.dumps(record, indent=2))
-    print(f"every timing: {args.output}")
+        lines += ["", f"Compiled ahead of time ({sizes}, bfloat16), not run:", tpu_table(compiled)]
+    this.finish(
+        rows,
+        versions,
+        lines,
+        cases=CASES,
+        tpu=TPU,
+        temporaries=[
+            {"case": case, "contender": name, "bytes": size} for (case, name), size in temporaries.items()
+        ],
+        tpu_temporaries=compiled,
+    )
     return rows
 
 

@@ -27,8 +27,6 @@ and compile nothing.
 """
 
 import contextlib
-import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -156,12 +154,8 @@ def run(argv: Sequence[str]) -> list[Row]:
     Raises:
       SystemExit: something was traced or compiled that should not have been.
     """
-    args = harness.parse_args(argv, BENCHMARK)
-    load = harness.load_average()
-    pythons = harness.find_pythons(args, BENCHMARK)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if hasattr(os, "sched_setaffinity"):  # XLA counts the cores that it may use, and has no flag for them
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    this = harness.begin(argv, BENCHMARK, threads=THREADS)
+    args, pythons = this.args, this.pythons
     rows: list[Row] = []
     versions: dict[str, dict[str, str]] = {}
     retraces: dict[str, Any] | None = None
@@ -198,17 +192,15 @@ def run(argv: Sequence[str]) -> list[Row]:
             toy.write_model(pathlib.Path(folder), toy.QWEN3_0_6B)
         for case, dtype in decode.items():
             phase(list(pythons), toy.QWEN3_0_6B, folder, dtype, {case: STEPS})
-    print("\n" + report.table(rows, goals(rows)))
-    if retraces is not None:
-        print(retraces_line(retraces))
-    harness.print_differences(BENCHMARK, versions)
-    record = report.record(
-        rows, versions, {**BENCHMARK.task, "cases": {**TOY, **DECODE}, "steps": STEPS}, load
+    this.finish(
+        rows,
+        versions,
+        [report.table(rows, goals(rows)), *([] if retraces is None else [retraces_line(retraces)])],
+        cases={**TOY, **DECODE},
+        steps=STEPS,
+        retraces=retraces,
     )
-    args.output.write_text(json.dumps(record | {"retraces": retraces}, indent=2))
-    print(f"every timing: {args.output}")
-    if retraces is not None and retraces["traced"] + retraces["compiled"]:
-        raise SystemExit(f"{retraces['traced']} functions were traced, {retraces['compiled']} compiled")
+    harness.refuse_retraces(retraces)
     return rows
 
 
