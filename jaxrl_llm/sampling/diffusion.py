@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_kernels.denoising_step import log_prob
 from jaxrl_llm.sampling import information
 from jaxrl_llm.sampling.diffusion_cache import blank_cache
 from jaxrl_llm.sampling.diffusion_commit import chosen, even_quota, grid_quota
 from jaxrl_llm.sampling.diffusion_options import Method, Settings
 from jaxrl_llm.sampling.diffusion_predict import banned_ids, candidate_positions, predict
 from jaxrl_llm.sampling.diffusion_state import Decoded, Denoiser, Inputs, State, place, states_at
-from jaxrl_llm.sampling.proposals import at, propose
+from jaxrl_llm.sampling.proposals import propose
 
 Array = jax.Array
 
@@ -189,7 +190,10 @@ def _begin(inputs: Inputs, denoiser: Denoiser, method: Method) -> State:
         blank = states_at(inputs, canvas, everywhere, denoiser)
         nfe, pmi = count + 1, flat
     decoded = Decoded(masks, jnp.full_like(masks, -1), flat, flat, flat, count, nfe, no, no)
-    cache = None if method.cache == "none" else blank_cache(inputs, canvas, denoiser)
+    cache = None
+    if method.cache != "none":
+        copies = 1 if method.guidance == "none" else 2  # the negative inputs
+        cache = blank_cache(inputs, jnp.tile(canvas, (copies, 1)), denoiser)
     return State(decoded, count, count, no, memory, blank, pmi, calm=count, ahead=no, cache=cache)
 
 
@@ -208,8 +212,9 @@ def _round(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) -> 
     candidates = (masked & in_block & live[:, None])[rows, where]
     draw = jax.vmap(lambda uid, step: _uniforms(inputs.key, uid, step, size))
     token_u, order_u, noise_u = (u[rows, where] for u in draw(inputs.uids, decoded.steps))
+    banned = banned_ids(settings, denoiser, method)
     proposed = propose(
-        predicted.guided, predicted.plain, banned_ids(settings, denoiser, method), method, settings, token_u
+        predicted.plain, predicted.negative, predicted.weight, banned, method, settings, token_u
     )
     share = settings.shares[jnp.arange(batch), jnp.minimum(state.step, size - 1)]
     if method.family == "llada":
@@ -241,8 +246,7 @@ def _round(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) -> 
     if pmi is not None:
         assert state.blank is not None
         before = denoiser.head(inputs.params, state.blank[rows, where])
-        before_logp = at(before, proposed.token) - jax.nn.logsumexp(before, axis=-1)
-        pmi = put(pmi, proposed.raw_logp - before_logp)
+        pmi = put(pmi, proposed.raw_logp - log_prob(before, proposed.token))
     masked = tokens == denoiser.mask_id
     full, no_steps = ~jnp.any(masked & in_block, axis=1), state.step + 1 >= settings.steps
     if method.commit == "quota":

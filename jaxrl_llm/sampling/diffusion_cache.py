@@ -8,6 +8,9 @@
 
 Rows go their own way, so in one round some may begin a block while others go on: both passes are made then,
 and each row takes its own.
+
+With classifier-free guidance the negative inputs are B further rows, which have caches of their own: what
+they hide, the prompt, is the same throughout.
 """
 
 from functools import partial
@@ -23,7 +26,7 @@ Array = jax.Array
 
 
 def blank_cache(inputs: Inputs, canvas: Array, denoiser: Denoiser) -> Any:
-    """What no row has begun."""
+    """Of rows i32[R, L] none of which has begun."""
     _, cache = jax.eval_shape(lambda: _whole(inputs, canvas, jnp.zeros_like(canvas[:, :1]), denoiser))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
 
@@ -40,12 +43,16 @@ def cached_states(
     """States that predict the block.
 
     Args:
-      canvas: i32[B, L].  first: i32[B, 1] the block's first position.  where: i32[B, W] its positions.
+      canvas: i32[R, L], R = B, or 2B with the negative inputs behind.  first: i32[B, 1] the block's first
+        position.  where: i32[B, W] its positions.
 
     Returns:
-      f[B, W, D], and the cache of each row, new where its block begins.
+      f[R, W, D], and the cache of each row, new where its block begins.
     """
-    begins, goes_on = ~state.done & (state.step == 0), ~state.done & (state.step > 0)
+    done, step, first, where, lengths = (
+        _repeat(x, len(canvas)) for x in (state.done, state.step, first, where, inputs.lengths)
+    )
+    begins, goes_on = ~done & (step == 0), ~done & (step > 0)
     size, length = method.max_new_tokens, canvas.shape[1]
     shape, _ = jax.eval_shape(lambda: _whole(inputs, canvas, where, denoiser))
     nothing = jnp.zeros(shape.shape, shape.dtype)
@@ -58,10 +65,10 @@ def cached_states(
 
     def part(width: int) -> Array:
         assert denoiser.window is not None
-        start = inputs.lengths + first[:, 0]
+        start = lengths + first[:, 0]
         columns = jnp.minimum(start[:, None] + jnp.arange(width), length - 1)
         tokens = jnp.take_along_axis(canvas, columns, axis=1)
-        return denoiser.window(inputs.params, tokens, start, inputs.lengths + size, where - first, cache)[0]
+        return denoiser.window(inputs.params, tokens, start, lengths + size, where - first, cache)[0]
 
     widths = [method.block]
     while method.cache == "prefix" and widths[-1] < size:
@@ -74,12 +81,16 @@ def cached_states(
 
 
 def _whole(inputs: Inputs, canvas: Array, where: Array, denoiser: Denoiser) -> tuple[Array, Any]:
-    """States that predict the response at positions i32[B, W], and the cache, of a pass over whole rows."""
+    """States that predict the response at positions i32[R, W], and the cache, of a pass over whole rows."""
     assert denoiser.window is not None
-    size = canvas.shape[1] - inputs.prompts.shape[1]
-    columns = inputs.lengths[:, None] + where
-    start = jnp.zeros_like(inputs.lengths)
-    return denoiser.window(inputs.params, canvas, start, inputs.lengths + size, columns, None)
+    size, lengths = canvas.shape[1] - inputs.prompts.shape[1], _repeat(inputs.lengths, len(canvas))
+    start = jnp.zeros_like(lengths)
+    return denoiser.window(inputs.params, canvas, start, lengths + size, lengths[:, None] + where, None)
+
+
+def _repeat(x: Array, rows: int) -> Array:
+    """[B, ...] again for the negative inputs, where there are `rows` = 2B."""
+    return jnp.tile(x, (rows // len(x), *(1,) * (x.ndim - 1)))
 
 
 def _by_row(choice: Array, yes: Array, no: Array) -> Array:

@@ -52,7 +52,9 @@ class Method:
         the whole row (Fast-dLLM, 2505.22618): 'prefix' those before the block, 'dual' those outside it. The
         pass then runs over the rest of the row alone. With family='dream' a block's first round commits its
         first token alone, which has nothing in the window to be predicted from (but where one round is all
-        the schedule has for a block). Without guidance only: a negative input changes everywhere.
+        the schedule has for a block). With guidance='prompt' the negative input has a cache of its own, and
+        its pass is made in every round unless the weight is 0 throughout. Other guidance hides other
+        committed tokens in every round, which a cache would go on showing: it takes none.
 
     Raises:
       ValueError: an unknown name, sizes that do not divide, or choices that exclude each other.
@@ -114,9 +116,9 @@ class Method:
                 f"guidance_weight=0 to accelerate alone), got {self.guidance!r}"
             )
 
-        if self.cache != "none" and (self.guidance != "none" or self.allow_mask_proposal):
+        if self.cache != "none" and (self.guidance not in GUIDANCE[:2] or self.allow_mask_proposal):
             raise ValueError(
-                f"cache={self.cache!r} needs guidance='none' without allow_mask_proposal, got "
+                f"cache={self.cache!r} needs guidance='none' or 'prompt' without allow_mask_proposal, got "
                 f"guidance={self.guidance!r}, allow_mask_proposal={self.allow_mask_proposal}"
             )
 

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.denoising_step import denoising_step
 from jaxrl_llm.sampling import information
 from jaxrl_llm.sampling.diffusion_cache import cached_states
 from jaxrl_llm.sampling.diffusion_options import Method, Settings
 from jaxrl_llm.sampling.diffusion_state import Denoiser, Inputs, State, place, states_at
-from jaxrl_llm.sampling.guidance import guided_logits, highest, implausible, share_down, share_up, without
+from jaxrl_llm.sampling.guidance import highest, share_down, share_up
 from jaxrl_llm.sampling.information import Memory
 
 Array = jax.Array
@@ -19,7 +20,9 @@ class Prediction(NamedTuple):
     """What a round's forward passes gave.
 
     Attributes:
-      plain, guided: f32[B, W, V] logits at the candidates' positions; -inf in the second alone.
+      plain: f32[B, W, V] logits at the candidates' positions.
+      negative: f32[B, W, V] those of the negative input, where a row is guided; None without guidance.
+      weight: f32[B] of the guidance, 0 in rows that are not guided.
       memory, calm: as in `State`, brought up to date.
       converged: bool[B].
       passes: i32[B] forward passes of the row, 1 or 2.
@@ -27,7 +30,8 @@ class Prediction(NamedTuple):
     """
 
     plain: Array
-    guided: Array
+    negative: Array | None
+    weight: Array
     memory: Memory | None
     calm: Array
     converged: Array
@@ -45,7 +49,6 @@ def predict(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) ->
     span = where.shape[1]
     done_share = jnp.mean(~masked, axis=1, dtype=jnp.float32)
     weight = settings.guidance_weight + (settings.guidance_end - settings.guidance_weight) * done_share
-    banned = banned_ids(settings, denoiser, method)
     canvas = place(inputs.prompts, inputs.lengths, decoded.tokens)
 
     def negative(hide: Array) -> Array:
@@ -61,7 +64,13 @@ def predict(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) ->
     watched = _watched_positions(where, hide, method)
     asked = ~state.done & (weight > 0)
     cache = None
-    if method.guidance in ("prompt", "high_information"):
+    if method.cache != "none":
+        ever = (settings.guidance_weight > 0) | (settings.guidance_end > 0)  # its cache may be wanted later
+        wanted = ~state.done & ever & (method.guidance == "prompt")
+        pair = canvas if method.guidance == "none" else jnp.concatenate([canvas, negative(hide)])
+        hidden, cache = cached_states(inputs, state, pair, first, where, denoiser, method)
+        hidden, hidden_negative = hidden[:batch], hidden[-batch:]
+    elif method.guidance in ("prompt", "high_information"):
         # what to hide is known before the pass: both inputs make one batch
         something = jnp.any(hide, axis=1) | (method.guidance == "prompt")
         wanted = asked & something & ~(settings.skip_negative & _converged(state.calm, settings, method))
@@ -77,10 +86,7 @@ def predict(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) ->
 
         hidden, hidden_negative = jax.lax.cond(jnp.any(wanted), both, one, None)
     else:
-        if method.cache == "none":
-            hidden = states_at(inputs, canvas, watched, denoiser)
-        else:
-            hidden, cache = cached_states(inputs, state, canvas, first, where, denoiser, method)
+        hidden = states_at(inputs, canvas, watched, denoiser)
         hidden_negative = hidden
         wanted = jnp.zeros_like(asked)
     logits = denoiser.head(inputs.params, hidden)
@@ -97,25 +103,22 @@ def predict(inputs: Inputs, state: State, denoiser: Denoiser, method: Method) ->
 
     memory, calm = state.memory, state.calm
     if memory is not None:
-        inside = jnp.minimum(watched, size - 1)
+        inside, banned = jnp.minimum(watched, size - 1), banned_ids(settings, denoiser, method)
         seen = information.look(
-            jax.tree.map(lambda x: x[rows, inside], memory), without(logits, banned), masked[rows, inside]
+            jax.tree.map(lambda x: x[rows, inside], memory), logits, masked[rows, inside], banned
         )
         memory = jax.tree.map(lambda x, new: x.at[rows, watched].set(new, mode="drop"), memory, seen)
         calm = jnp.where(_still(memory, hide, decoded.tokens, settings), calm + 1, 0)
     converged = _converged(calm, settings, method)
     guided = wanted & ~(settings.skip_negative & converged)
-    final = plain
+    negative_logits = None
     if method.guidance != "none":
-        final = jax.lax.cond(
-            jnp.any(guided),
-            lambda _: guided_logits(plain, denoiser.head(inputs.params, hidden_negative), weight, guided),
-            lambda _: plain,
-            None,
+        negative_logits = jax.lax.cond(
+            jnp.any(guided), lambda _: denoiser.head(inputs.params, hidden_negative), lambda _: plain, None
         )
-    final = without(final, banned)
-    final = jnp.where(implausible(without(plain, banned), settings.plausible), -jnp.inf, final)
-    return Prediction(plain, final, memory, calm, converged, 1 + wanted.astype(jnp.int32), cache)
+    weight = jnp.where(guided, weight, 0)
+    passes = 1 + wanted.astype(jnp.int32)
+    return Prediction(plain, negative_logits, weight, memory, calm, converged, passes, cache)
 
 
 def _watched_positions(where: Array, hide: Array, method: Method) -> Array:
@@ -156,7 +159,7 @@ def _informative(inputs: Inputs, state: State, masked: Array, method: Method) ->
 
 def _unsure(logits: Array, positions: Array, masked: Array, settings: Settings) -> Array:
     """bool[B, G]: committed tokens that the model is least sure of now; logits at positions i32[B, G]."""
-    peak = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    peak = denoising_step(logits).probability
     rows = jnp.arange(len(masked))[:, None]
     scores = jnp.zeros(masked.shape).at[rows, positions].set(-peak)
     return highest(scores, ~masked, share_down(jnp.sum(~masked, axis=1), settings.informative_share))

@@ -133,7 +133,8 @@ class State:
       blank: f[B, G, D] hidden states of the masked response and pmi: f32[B, G] scores, for that detector.
       calm: i32[B] rounds in a row in which informative tokens kept still.
       ahead: bool[B] has committed more of the block than its schedule asked for.
-      cache: keys and values of each row from where its block began; None without one.
+      cache: keys and values of each row from where its block began, then those of the negative inputs where
+        there is guidance; None without one.
     """
 
     decoded: Decoded

@@ -7,7 +7,8 @@
 | unsure committed tokens       | A-CFG (2505.20199)                         |
 | informative committed tokens  | FoCore (2605.01373; see `information`)     |
 
-w = 0 is off. LLaDA writes the same as l_u + (w + 1)(l_c - l_u); Dream's evaluation scales by s = w + 1.
+w = 0 is off. LLaDA writes the same as l_u + (w + 1)(l_c - l_u); Dream's evaluation scales by s = w + 1. The
+formula itself is `jaxrl_kernels.denoising_step.contrast`; here is what the negative input masks.
 """
 
 import jax
@@ -19,22 +20,6 @@ Array = jax.Array
 
 SLACK = 1e-4
 """A share of n tokens that is a whole number stays one whatever the rounding."""
-
-
-def guided_logits(logits: Array, negative: Array, weight: Array, guided: Array) -> Array:
-    """l + w(l - l⁻) in rows that are guided, l itself, bit for bit, in the others.
-
-    Args:
-      logits, negative: f32[B, W, V].  weight: f32[B].  guided: bool[B].
-    """
-    contrast = logits + weight[:, None, None] * (logits - negative)
-    return jnp.where(guided[:, None, None], contrast, logits)
-
-
-def without(logits: Array, ids: Array) -> Array:
-    """f32[B, W, V] with -inf at token ids i32[B, n]; -1 = none."""
-    tokens = jnp.arange(logits.shape[-1])
-    return jnp.where(jnp.any(ids[:, None, :, None] == tokens, axis=2), -jnp.inf, logits)
 
 
 def implausible(logits: Array, least: Array) -> Array:

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.denoising_step import Look, denoising_step
+
 Array = jax.Array
 
 
@@ -56,40 +58,22 @@ def blank_memory(batch: int, size: int, tracked: int) -> Memory:
     )
 
 
-def jensen_shannon(p: Array, q: Array) -> Array:
-    """f32[...] JS divergence (nats) of f32[..., K] probabilities; the rest, 1 - sum, is one more bucket."""
-
-    def closed(x: Array) -> Array:
-        rest = jnp.maximum(1 - jnp.sum(x, axis=-1, keepdims=True), 0)
-        return jnp.concatenate([x, rest], axis=-1)
-
-    p, q = closed(p), closed(q)
-    middle = 0.5 * (p + q)
-
-    def to_middle(x: Array) -> Array:
-        ratio = jnp.where(x > 0, x, 1) / jnp.where(x > 0, middle, 1)
-        return jnp.sum(x * jnp.log(ratio), axis=-1)
-
-    return jnp.clip(0.5 * (to_middle(p) + to_middle(q)), 0, math.log(2))
-
-
-def look(memory: Memory, logits: Array, masked: Array) -> Memory:
+def look(memory: Memory, logits: Array, masked: Array, banned: Array) -> Memory:
     """Compares what is predicted now with what was, and remembers it.
 
     Args:
       memory, logits f32[B, W, V], masked bool[B, W]: of the same positions.
+      banned: i32[B, n] ids that are not predicted, -1 = none.
     """
-    logp = jax.nn.log_softmax(logits, axis=-1)
     seen = memory.stable > 0
-    now = jnp.exp(jnp.take_along_axis(logp, memory.ids, axis=-1))
-    change = jnp.where(seen, jensen_shannon(now, memory.probs), math.log(2))
-    top, ids = jax.lax.top_k(logp, memory.ids.shape[-1])
-    same = seen & (ids[..., 0] == memory.ids[..., 0])
+    last = Look(memory.ids, memory.probs, seen)
+    now = denoising_step(logits, banned=banned[:, None], last=last)
+    same = seen & (now.ids[..., 0] == memory.ids[..., 0])
     return Memory(
-        ids.astype(jnp.int32),
-        jnp.exp(top),
-        change,
-        jnp.where(masked & seen, jnp.maximum(memory.peak, change), memory.peak),
+        now.ids,
+        now.probs,
+        now.change,
+        jnp.where(masked & seen, jnp.maximum(memory.peak, now.change), memory.peak),
         jnp.where(same, memory.stable + 1, 1),
     )
 

@@ -5,8 +5,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.denoising_step import (
+    DenoisingStep,
+    Sureness,
+    contrast,
+    denoising_step,
+    log_prob,
+    sureness,
+    without,
+)
 from jaxrl_llm.sampling.diffusion_options import Method, Settings
-from jaxrl_llm.sampling.guidance import without
+from jaxrl_llm.sampling.guidance import implausible
 from jaxrl_llm.sampling.logits import Sampling, draw, threshold
 
 Array = jax.Array
@@ -32,11 +41,6 @@ class Proposals(NamedTuple):
     log_kept: Array
 
 
-def at(x: Array, token: Array) -> Array:
-    """f32[B, W]: x f32[B, W, V] at tokens i32[B, W]."""
-    return jnp.take_along_axis(x, token[..., None], axis=-1)[..., 0]
-
-
 def truncate(logits: Array, settings: Settings) -> Array:
     """f32[B, W, V] with -inf outside the top-k, then top-p tokens, as `logits.sample` cuts."""
     width, vocab = logits.shape[1:]
@@ -53,65 +57,84 @@ def truncate(logits: Array, settings: Settings) -> Array:
 
 
 def propose(
-    logits: Array, plain: Array, banned: Array, method: Method, settings: Settings, uniforms: Array
+    plain: Array,
+    negative: Array | None,
+    weight: Array,
+    banned: Array,
+    method: Method,
+    settings: Settings,
+    uniforms: Array,
 ) -> Proposals:
     """A token for every position.
 
+    The likeliest tokens are read from `denoising_step`: on a TPU in one pass over the logits. If any row is
+    drawn, held to what is plausible, or cut before it is judged (Dream's top_k and top_p), the batch goes
+    through the logits in full instead.
+
     Args:
-      logits: f32[B, W, V] guided, -inf for what must not be proposed.
-      plain: f32[B, W, V] as the model gave them.
+      plain: f32[B, W, V] logits as the model gave them.
+      negative: f32[B, W, V] those of the negative input; None without guidance.
+      weight: f32[B] of the guidance, 0 = none.
       banned: i32[B, n] ids that must not be proposed, -1 = none.
       uniforms: f32[B, W] in [0, 1).
     """
-    batch, width, vocab = logits.shape
+    batch, width, vocab = plain.shape
     hot = settings.temperature > 0
     scale = jnp.where(hot, settings.temperature, 1)[:, None, None]
-    tempered = truncate(logits / scale, settings)
+    banned = banned[:, None]
+    ends = jnp.stack([settings.eos_id, settings.eot_id], axis=1)
+    distrusted = jnp.where(settings.distrust_eos[:, None], ends, -1)[:, None]
 
-    def drawn(tempered: Array) -> tuple[Array, Array, Array]:
+    def likeliest(_: None) -> Proposals:
+        step = denoising_step(
+            plain,
+            negative=negative,
+            weight=None if negative is None else weight[:, None],
+            banned=banned,
+            distrusted=distrusted,
+            judge=method.confidence_from,
+        )
+        nothing = jnp.zeros((batch, width))
+        confidence = _confidence(step, method.order)
+        return Proposals(step.token, confidence, step.probability, nothing, step.raw_logp, nothing)
+
+    def drawn(_: None) -> Proposals:
+        guided = allowed = without(plain, banned)
+        if negative is not None:
+            guided = without(contrast(plain, negative, weight[:, None, None]), banned)
+        guided = jnp.where(implausible(allowed, settings.plausible), -jnp.inf, guided)
+        tempered = truncate(guided / scale, settings)
         weights = jnp.exp(tempered - jnp.max(tempered, axis=-1, keepdims=True))
         token = draw(weights.reshape(-1, vocab), uniforms.reshape(-1)).reshape(batch, width)
         token = jnp.where(hot[:, None], token, jnp.argmax(tempered, axis=-1).astype(jnp.int32))
-        logp = at(tempered, token) - jax.nn.logsumexp(tempered, axis=-1)
         model = plain / scale
-        allowed = jnp.where(tempered > -jnp.inf, model, -jnp.inf)
-        log_kept = jax.nn.logsumexp(allowed, axis=-1) - jax.nn.logsumexp(model, axis=-1)
-        return token, jnp.where(hot[:, None], logp, 0), jnp.where(hot[:, None], log_kept, 0)
+        kept = jnp.where(tempered > -jnp.inf, model, -jnp.inf)
+        log_kept = jax.nn.logsumexp(kept, axis=-1) - jax.nn.logsumexp(model, axis=-1)
 
-    def likeliest(tempered: Array) -> tuple[Array, Array, Array]:
-        nothing = jnp.zeros((batch, width))
-        return jnp.argmax(tempered, axis=-1).astype(jnp.int32), nothing, nothing
+        # Dream is sure of a token as it would be drawn, LLaDA as the model has it
+        judged = guided if method.confidence_from == "guided" else allowed
+        if method.family == "dream":
+            judged = tempered if method.confidence_from == "guided" else truncate(judged / scale, settings)
+        sure = sureness(without(judged, distrusted), token)
+        return Proposals(
+            token,
+            _confidence(sure, method.order),
+            sure.probability,
+            jnp.where(hot[:, None], log_prob(tempered, token), 0),
+            log_prob(plain, token),
+            jnp.where(hot[:, None], log_kept, 0),
+        )
 
-    token, logp, log_kept = jax.lax.cond(jnp.any(hot), drawn, likeliest, tempered)
-
-    # Dream is sure of a token as it would be drawn, LLaDA as the model has it
-    guided = method.confidence_from == "guided"
-    judged = logits if guided else without(plain, banned)
+    in_full = hot | (settings.plausible > 0)
     if method.family == "dream":
-        judged = tempered if guided else truncate(judged / scale, settings)
-    distrusted = jnp.where(
-        settings.distrust_eos[:, None], jnp.stack([settings.eos_id, settings.eot_id], axis=1), -1
-    )
-    judged = without(judged, distrusted)
-    probability = jnp.exp(at(judged, token) - jax.nn.logsumexp(judged, axis=-1))
-    return Proposals(
-        token,
-        _confidence(judged, probability, method.order),
-        probability,
-        logp,
-        at(plain, token) - jax.nn.logsumexp(plain, axis=-1),
-        log_kept,
-    )
+        in_full |= (settings.top_p < 1) | (settings.top_k > 0)
+    return jax.lax.cond(jnp.any(in_full), drawn, likeliest, None)
 
 
-def _confidence(logits: Array, probability: Array, order: str) -> Array:
+def _confidence(found: Sureness | DenoisingStep, order: str) -> Array:
     """f32[B, W] by the order; those that do not look at predictions give zeros."""
     if order in ("low_confidence", "maskgit_plus"):
-        return probability
+        return found.probability
     if order == "topk_margin":
-        first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)[0], -1, 0)
-        return first - second
-    if order == "entropy":
-        probs = jax.nn.softmax(logits, axis=-1)
-        return jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)
-    return jnp.zeros_like(probability)
+        return found.margin
+    return -found.entropy if order == "entropy" else jnp.zeros_like(found.probability)

@@ -3,7 +3,8 @@
 It shares nothing with the product but names of options. Everything is greedy: draws are tested by frequency.
 `decode(predict, prompt, **options)` calls `predict(ids) -> [L, V]` for every forward pass and counts them.
 With a cache it calls `predict(ids, low, high)` for a pass over columns low to high - 1, while the others are
-as they were in the last pass over the whole row.
+as they were in the last pass over the whole row; `other`, a predictor of its own, is called for the negative
+input in the same way.
 """
 
 import math
@@ -100,7 +101,7 @@ def filtered(logits, o):
     return out
 
 
-def decode(predict, prompt, mask, size, **options):
+def decode(predict, prompt, mask, size, other=None, **options):
     """The response of one prompt and its trace: tokens, commit_step, raw_logp, steps, nfe, margin.
 
     The margin is the least distance by which anything was decided: tokens, order, thresholds.
@@ -118,10 +119,10 @@ def decode(predict, prompt, mask, size, **options):
     banned += [o.eos_id] if o.forbid_eos else []
     eos = -1 if o.eos_id is None else o.eos_id
 
-    def run(*args):
+    def run(*args, by=predict):
         nonlocal nfe
         nfe += 1
-        return np.asarray(predict(*args), np.float64)[start:]
+        return np.asarray(by(*args), np.float64)[start:]
 
     def masks(low, high):
         return [j for j in range(low, high) if x[start + j] == mask]
@@ -163,10 +164,10 @@ def decode(predict, prompt, mask, size, **options):
         own = [j for j in range(size) if x[start + j] != mask]
         end = o.guidance_weight if o.guidance_end is None else o.guidance_end
         weight = o.guidance_weight + (end - o.guidance_weight) * len(own) / size
+        window = (start + low, start + (high if o.cache == "dual" else size))
         if o.cache == "none" or step == 0:
-            logits = run(x)
-        else:
-            logits = run(x, start + low, start + (high if o.cache == "dual" else size))
+            window = ()
+        logits = run(x, *window)
 
         # which committed tokens the negative input hides
         hide = []
@@ -179,12 +180,13 @@ def decode(predict, prompt, mask, size, **options):
         hide_prompt = o.guidance == "prompt"
         was_converged = o.accelerate and calm >= o.patience
         negative = None
-        if weight > 0 and (hide or hide_prompt) and not (o.skip_negative and was_converged):
-            other = x.copy()
+        asked = weight > 0 or (o.cache != "none" and max(o.guidance_weight, end) > 0)
+        if asked and (hide or hide_prompt) and not (o.skip_negative and was_converged):
+            hidden = x.copy()
             if hide_prompt or o.negative_prompt == "mask":
-                other[:start] = mask
-            other[[start + j for j in hide]] = mask
-            negative = run(other)
+                hidden[:start] = mask
+            hidden[[start + j for j in hide]] = mask
+            negative = run(hidden, *window, by=other or predict)
 
         # how predictions have changed where they are looked at
         if o.accelerate or (o.guidance == "high_information" and o.detector in ("resolve", "settle")):

@@ -101,6 +101,11 @@ CASES = [
     ("dream", {"block_size": 4, "order": "entropy"}, QUOTAS),
     ("dream", {"block_size": 4, "order": "maskgit_plus", "commit": "threshold"}, LEVELS),
 ]
+WEIGHTS = [{"guidance_weight": a, "guidance_end": b} for a, b in ((0, 0), (0.5, 0.5), (1.5, 1.5), (0, 2))]
+GUIDED = [
+    ("dual", "llada", {"block_size": 4, "guidance": "prompt"}, [*WEIGHTS, WEIGHTS[1] | {"steps": 6}]),
+    ("prefix", "dream", {"block_size": 4, "order": "entropy", "guidance": "prompt"}, WEIGHTS),
+]
 
 
 def run(family, structure, numbers, params=PREPARED):
@@ -133,16 +138,16 @@ def name(case):
     return "-".join(map(str, [family, *structure.values(), cache]))
 
 
-@pytest.mark.parametrize("case", CACHED + UNCACHED, ids=name)
+@pytest.mark.parametrize("case", CACHED + UNCACHED + GUIDED, ids=name)
 def test_cached_decoding_is_that_of_stale_keys_and_values(case):
     cache, family, structure, numbers = case
     structure = structure | {"cache": cache}
     out = run(family, structure, numbers)
     for i, one in enumerate(numbers):
         for row, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
-            stale = Stale(family == "dream")
+            stale, other = Stale(family == "dream"), Stale(family == "dream")
             plain = diffusion_oracle.decode(
-                stale, prompt[:length], MASK, SIZE, family=family, **structure, **one
+                stale, prompt[:length], MASK, SIZE, other, family=family, **structure, **one
             )
             assert plain.margin > 1e-5, "a near tie: choose other weights"
             at = i * len(PROMPTS) + row
@@ -158,8 +163,12 @@ def test_what_cannot_be_cached():
     for denoiser, message in ((PLAIN, "needs a denoiser with `window`"), (of_model(DREAM), "family='dream'")):
         with pytest.raises(ValueError, match=message):
             decode(denoiser, PREPARED, PROMPTS, lengths, method, settings(method, 4), key=None, uids=rows)
-    for options in ({"guidance": "prompt"}, {"allow_mask_proposal": True}):
-        with pytest.raises(ValueError, match="cache='dual' needs guidance='none'"):
+    for options in (
+        {"guidance": "low_confidence"},
+        {"guidance": "high_information"},
+        {"allow_mask_proposal": True},
+    ):
+        with pytest.raises(ValueError, match="cache='dual' needs guidance='none' or 'prompt'"):
             Method(SIZE, cache="dual", **options)
     with pytest.raises(ValueError, match="unknown cache='both'; one of none, prefix, dual"):
         Method(SIZE, cache="both")

@@ -12,30 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_denoiser import LENGTHS, MASK, PARAMS, PROMPTS, head, states
 
+from jaxrl_kernels.denoising_step import contrast, jensen_shannon
 from jaxrl_llm.sampling import diffusion_options, diffusion_predict, enumerated, information
 from jaxrl_llm.sampling.diffusion import decode
 from jaxrl_llm.sampling.diffusion_commit import even_quota, ranks
 from jaxrl_llm.sampling.diffusion_options import Method, grid_shares
 from jaxrl_llm.sampling.diffusion_state import Denoiser, place, states_at
-from jaxrl_llm.sampling.guidance import guided_logits, highest, share_down, share_up
+from jaxrl_llm.sampling.guidance import highest, share_down, share_up
 
 rng = np.random.default_rng(0)
 
 
-def test_guided_logits():
+def test_contrast():
     """One formula: off at w = 0, blind to constants per position, linear in w with the contrast as slope."""
     plain, negative = (jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32) for _ in range(2))
-    weight, yes = jnp.array([0.7, 1.5]), jnp.array([True, True])
-    out = guided_logits(plain, negative, weight, yes)
-    w = np.array([0.7, 1.5])[:, None, None]
+    w = np.array([0.7, 1.5], np.float32)[:, None, None]
+    out = contrast(plain, negative, w)
     llada = np.asarray(negative) + (w + 1) * (np.asarray(plain) - np.asarray(negative))
     np.testing.assert_allclose(out, llada, atol=1e-5)
-    assert np.array_equal(guided_logits(plain, plain, weight, yes), plain)
-    assert np.array_equal(guided_logits(plain, negative * jnp.nan, weight, ~yes), plain)
+    assert np.array_equal(contrast(plain, plain, w), plain)
+    assert np.array_equal(contrast(plain, negative * jnp.nan, 0 * w), plain)
     shift = jnp.asarray(rng.normal(size=(2, 3, 1)), jnp.float32)
-    moved = guided_logits(plain + shift, negative + 3 * shift, weight, yes)
+    moved = contrast(plain + shift, negative + 3 * shift, w)
     np.testing.assert_allclose(jax.nn.softmax(moved), jax.nn.softmax(out), atol=1e-5)
-    slope = jax.jacfwd(lambda w: guided_logits(plain, negative, w[None].repeat(2), yes))(jnp.float32(0.3))
+    slope = jax.jacfwd(lambda w: contrast(plain, negative, w))(jnp.float32(0.3))
     np.testing.assert_allclose(slope, plain - negative, atol=1e-6)
 
 
@@ -108,16 +108,14 @@ def test_jensen_shannon():
     p, q = rng.dirichlet(np.ones(6), size=(2, 50))
     middle = (p + q) / 2
     exact = ((p * np.log(p / middle)).sum(1) + (q * np.log(q / middle)).sum(1)) / 2
-    full = information.jensen_shannon(jnp.asarray(p), jnp.asarray(q))
+    full = jensen_shannon(jnp.asarray(p), jnp.asarray(q))
     np.testing.assert_allclose(full, exact, atol=1e-6)
-    part = information.jensen_shannon(jnp.asarray(p[:, :3]), jnp.asarray(q[:, :3]))
+    part = jensen_shannon(jnp.asarray(p[:, :3]), jnp.asarray(q[:, :3]))
     assert np.all(part <= exact + 1e-6) and np.all(part >= 0) and part.max() > 0.05
-    np.testing.assert_allclose(
-        part, information.jensen_shannon(jnp.asarray(q[:, :3]), jnp.asarray(p[:, :3])), atol=1e-7
-    )
+    np.testing.assert_allclose(part, jensen_shannon(jnp.asarray(q[:, :3]), jnp.asarray(p[:, :3])), atol=1e-7)
     ends = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_allclose(information.jensen_shannon(ends, ends[::-1]), math.log(2), rtol=1e-6)
-    assert information.jensen_shannon(ends, ends).tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(jensen_shannon(ends, ends[::-1]), math.log(2), rtol=1e-6)
+    assert jensen_shannon(ends, ends).tolist() == [0.0, 0.0]
 
 
 def test_memory_of_predictions():
@@ -127,9 +125,10 @@ def test_memory_of_predictions():
     masked = jnp.array([[True, False]])
     seen = []
     for step in (0, 1, 1):
-        memory = information.look(memory, jnp.log(jnp.asarray(probs[step]))[None], masked)
+        logits = jnp.log(jnp.asarray(probs[step]))[None]
+        memory = information.look(memory, logits, masked, jnp.array([[-1]]))
         seen.append(memory)
-    js = float(information.jensen_shannon(jnp.asarray(probs[0, 0]), jnp.asarray(probs[1, 0])))
+    js = float(jensen_shannon(jnp.asarray(probs[0, 0]), jnp.asarray(probs[1, 0])))
     changes = np.array([m.change[0] for m in seen])
     np.testing.assert_allclose(changes, [[math.log(2)] * 2, [js, 0], [0, 0]], atol=1e-6)
     np.testing.assert_allclose([m.peak[0] for m in seen], [[0, 0], [js, 0], [js, 0]], atol=1e-6)
