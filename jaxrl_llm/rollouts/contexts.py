@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ class Contexts:
       buckets: lengths that contexts are padded to; longer ones are read in pieces of the longest.
       widths: numbers of columns that a longer prefix is kept in, ascending.
       remember: columns that are remembered.
-      int8_cache: whether prefixes are in int8.
+      kv_dtype: of prefixes, as `prefixes.prefill`.
       sharding: as `prefixes.prefill`.
     """
 
@@ -82,10 +83,10 @@ class Contexts:
         widths: Sequence[int],
         remember: int,
         *,
-        int8_cache: bool = False,
+        kv_dtype: Any = None,
         sharding: ShardingRules | None = None,
     ):
-        self.prepared, self.cfg, self.int8_cache, self.sharding = prepared, cfg, int8_cache, sharding
+        self.prepared, self.cfg, self.kv_dtype, self.sharding = prepared, cfg, kv_dtype, sharding
         self.buckets, self.widths = tuple(sorted(buckets)), tuple(widths)
         self.remembered = Remembered(remember)
 
@@ -142,6 +143,6 @@ class Contexts:
             jnp.asarray(tokens),
             jnp.asarray(counts),
             self.cfg,
-            int8_cache=self.int8_cache,
+            kv_dtype=self.kv_dtype,
             sharding=self.sharding,
         )

@@ -235,7 +235,7 @@ def _advance(
         [jnp.broadcast_to(prompt, (len(tokens), prompt_slots)), state.prompt_lengths[:, None] + own], axis=1
     )
     ropes = jax.tree.map(lambda table: table[0, position[:, None]], ropes)
-    x = transformer.embed(prepared, tokens[:, None], cfg, prepared["final_norm"].dtype)
+    x = lookup(prepared, tokens, cfg)
     keys, values = list(state.keys), list(state.values)
     for index, (layer, kind) in enumerate(zip(prepared["layers"], _kinds(cfg))):
         mask = written
@@ -258,6 +258,26 @@ def _advance(
         x = transformer.block(layer, x, cfg, ropes[kind], attend)
     x = transformer.rms_norm(x, prepared["final_norm"], cfg)
     return x[:, 0], tuple(keys), tuple(values)
+
+
+def lookup(prepared: Tree, tokens: Array, cfg: ModelConfig) -> Array:
+    """Tokens i32[B] -> what the layers read of them, f[B, 1, D], in a loop of steps.
+
+    Under a condition that always holds, where the table is narrower than float32: the CPU's compiler looks up
+    in float32, and would make a float32 copy of the whole table before the loop. Out of a branch it takes
+    nothing.
+    """
+    dtype = prepared["final_norm"].dtype
+
+    def embed(tokens: Array) -> Array:
+        return transformer.embed(prepared, tokens[:, None], cfg, dtype)
+
+    def zeros(tokens: Array) -> Array:
+        return jnp.zeros((len(tokens), 1, cfg.hidden_size), dtype)
+
+    if dtype == jnp.float32:
+        return embed(tokens)
+    return jax.lax.cond(jnp.any(tokens >= 0), embed, zeros, tokens)
 
 
 def next_logits(prepared: Tree, hidden: Array, cfg: ModelConfig) -> Array:

@@ -4,6 +4,8 @@ A column holds h numbers in int8 and behind them, along the same axis, the four 
 To all that moves columns about it is one array, and zeros stay zeros.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,11 @@ def pack(x: Array, axis: int) -> Array:
     whole = jnp.round(x / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8)
     behind = jax.lax.bitcast_convert_type(jnp.squeeze(scale, axis), jnp.int8)
     return jnp.concatenate([whole, jnp.moveaxis(behind, -1, axis)], axis=axis)
+
+
+def stored(x: Array, axis: int, dtype: Any) -> Array:
+    """x f[.., h, ..] as a cache of `dtype` keeps it: packed in int8, or as floats."""
+    return pack(x, axis) if dtype == jnp.int8 else x.astype(dtype)
 
 
 def unpack(x: Array, axis: int) -> tuple[Array, Array]:

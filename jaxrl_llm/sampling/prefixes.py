@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def kinds(cfg: ModelConfig) -> tuple[str, ...]:
     return cfg.layer_kinds or ("global",) * cfg.num_layers
 
 
-@partial(jax.jit, static_argnames=("cfg", "int8_cache", "sharding"))
+@partial(jax.jit, static_argnames=("cfg", "kv_dtype", "sharding"))
 def prefill(
     prepared: Tree,
     past: Prefix | None,
@@ -51,7 +52,7 @@ def prefill(
     counts: Array,
     cfg: ModelConfig,
     *,
-    int8_cache: bool = False,
+    kv_dtype: Any = None,
     sharding: ShardingRules | None = None,
 ) -> Prefix:
     """Reads tokens after what has been read before.
@@ -60,7 +61,8 @@ def prefill(
       prepared: from `autoregressive.prepare`.
       past: F rows that the tokens continue; None = they begin.
       tokens: i32[F, T] right-aligned.  counts: i32[F] how many of them are tokens, at least 1.
-      int8_cache: keys and values are rounded to int8 as they are written, and attended as they are read.
+      kv_dtype: what keys and values are rounded to as they are written, floats or int8; they are attended as
+        they are read. None = the params' dtype.
       sharding: how heads lie on the mesh in context; rows, which are few, are everywhere. None = one device.
 
     Returns:
@@ -73,6 +75,7 @@ def prefill(
     rows, width = tokens.shape
     layout = None if sharding is None else dataclasses.replace(sharding, batch=None)
     dtype = prepared["final_norm"].dtype
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
     before = jnp.zeros(rows, jnp.int32) if past is None else past.lengths
     columns = (0 if past is None else past.keys[0].shape[3]) + width
     lengths = before + counts
@@ -100,9 +103,8 @@ def prefill(
     for index, (layer, kind) in enumerate(zip(prepared["layers"], kinds(cfg))):
 
         def attend(q: Array, k: Array, v: Array, index: int = index, kind: str = kind) -> Array:
-            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            if int8_cache:
-                k, v = int8.pack(k, 2), int8.pack(v, 3)
+            k = int8.stored(k.transpose(0, 2, 3, 1), 2, kv_dtype)
+            v = int8.stored(v.transpose(0, 2, 1, 3), 3, kv_dtype)
             if past is not None:
                 k, v = after(past.keys[index], k, 2), after(past.values[index], v, 1)
             # what stands before a row is written as zeros, which cannot poison what reads the column
@@ -111,8 +113,7 @@ def prefill(
             k, v = (constrain(x, ("batch", "kv_heads", None, None), layout) for x in (k, v))
             keys.append(k)
             values.append(v)
-            if int8_cache:
-                k, v = (jnp.multiply(*int8.unpack(x, axis)).astype(dtype) for x, axis in ((k, 2), (v, 3)))
+            k, v = (jnp.multiply(*int8.unpack(x, axis)).astype(dtype) for x, axis in ((k, 2), (v, 3)))
             return row_attention(
                 q,
                 k.transpose(0, 3, 1, 2),

@@ -27,7 +27,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.parallel.sharding import ShardingRules, constrain
 from jaxrl_llm.sampling import int8
-from jaxrl_llm.sampling.autoregressive import next_logits
+from jaxrl_llm.sampling.autoregressive import lookup, next_logits
 from jaxrl_llm.sampling.logits import Sampling, row_uniforms, sample
 from jaxrl_llm.sampling.prefixes import Prefix, fit, kinds
 from jaxrl_llm.sampling.prefixes import prefill as prefill
@@ -43,7 +43,8 @@ class Slots:
 
     Attributes:
       keys: per layer f[n, S, K, h, C]; columns last, so that scores sum over h along contiguous columns.
-      values: per layer f[n, S, K, C, h]. (Both may be in int8, with h + 4 in place of h: `sampling.int8`.)
+      values: per layer f[n, S, K, C, h]. (Both in a dtype of their own: in int8 with h + 4 in place of h, see
+        `sampling.int8`.)
       hidden: f[S, D] the last hidden state, from which the next token is drawn.
       lengths: i32[S] tokens in the cache.
       left: i32[S] tokens that may still be drawn; 0 = the slot is free.
@@ -107,17 +108,22 @@ def empty(
     dtype: Any,
     rules: Rules = (),
     *,
-    int8_cache: bool = False,
+    kv_dtype: Any = None,
     sharding: ShardingRules | None = None,
 ) -> Slots:
-    """Free slots for contexts of `columns` tokens, in blocks of `block`; the cache in `dtype` or in int8."""
+    """Free slots for contexts of `columns` tokens, in blocks of `block`.
+
+    Args:
+      dtype: of hidden states.  kv_dtype: of keys and values, floats or int8; None = `dtype`.
+    """
     zeros = jnp.zeros(slots, jnp.int32)
-    size = cfg.head_dim + int8.SCALE_BYTES * int8_cache
+    kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
+    size = cfg.head_dim + int8.SCALE_BYTES * (kv_dtype == jnp.int8)
     count = -(-columns // block) + 1
 
     def layers(*shape: int) -> tuple[Array, ...]:
         shape = (count, slots, cfg.num_kv_heads, *shape)
-        return tuple(jnp.zeros(shape, jnp.int8 if int8_cache else dtype) for _ in range(cfg.num_layers))
+        return tuple(jnp.zeros(shape, kv_dtype) for _ in range(cfg.num_layers))
 
     new = Slots(
         keys=layers(size, block),
@@ -283,7 +289,7 @@ def advance(
     at = column + position[:, None]  # the position that a column stands for
     seen = (at >= 0) & (column <= 0)
     ropes = jax.tree.map(lambda table: table[0, position[:, None]], ropes)
-    x = transformer.embed(prepared, tokens[:, None], cfg, prepared["final_norm"].dtype)
+    x = lookup(prepared, tokens, cfg)
     keys, values = list(slots.keys), list(slots.values)
     for index, (layer, kind) in enumerate(zip(prepared["layers"], kinds(cfg))):
         mask = seen
@@ -293,9 +299,8 @@ def advance(
 
         def attend(q: Array, k: Array, v: Array, index: int = index, mask: Array = mask) -> Array:
             update = jax.lax.dynamic_update_slice
-            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            if keys[index].dtype == jnp.int8:
-                k, v = int8.pack(k, 2), int8.pack(v, 3)
+            k = int8.stored(k.transpose(0, 2, 3, 1), 2, keys[index].dtype)
+            v = int8.stored(v.transpose(0, 2, 1, 3), 3, values[index].dtype)
             keys[index] = update(keys[index], k[None], (count - 1, 0, 0, 0, step))
             values[index] = update(values[index], v[None], (count - 1, 0, 0, step, 0))
             scale = transformer.score_scale(cfg)

@@ -373,11 +373,11 @@ def test_an_int8_cache_takes_a_quarter_of_the_memory_and_stays_close():
     wide = dataclasses.replace(TINY, head_dim=64)
     sizes = [
         sum(x.nbytes for x in jax.tree.leaves((engine.slots.keys, engine.slots.values)))
-        for engine in (make_engine(wide), make_engine(wide, int8_cache=True))
+        for engine in (make_engine(wide), make_engine(wide, kv_dtype=jnp.int8))
     ]
     assert sizes[1] / sizes[0] == (64 + 4) / (4 * 64)
     requests = mixed_requests(15, longest=30, new=30)
-    engine = make_engine(int8_cache=True)
+    engine = make_engine(kv_dtype=jnp.int8)
     completions = engine.generate(requests)
     t = trajectories(requests, completions, group=range(15), width=88)
     off = np.abs(trainer_logp(t, TINY)[1] - np.asarray(t.raw_logp))[np.asarray(t.action_mask)]

@@ -25,14 +25,19 @@ from jaxrl_llm.sampling.autoregressive import prepare
 score_jit = jax.jit(score, static_argnames=("cfg", "dtype"))
 
 
-@pytest.mark.parametrize("cfg", [TINY, GEMMA], ids=["qwen3", "gemma2"])
-def test_bfloat16_agrees_with_the_trainers_bfloat16(cfg):
+@pytest.mark.parametrize(
+    "cfg, kv_dtype",
+    [(TINY, None), (GEMMA, None), (TINY, "float32")],
+    ids=["qwen3", "gemma2", "qwen3 with a cache in float32"],
+)
+def test_bfloat16_agrees_with_the_trainers_bfloat16(cfg, kv_dtype):
     """To the rounding of bfloat16, 2⁻⁸ of logits of up to 7; and bit for bit whoever the neighbours are."""
     engine = Engine(
         prepare(make_params(cfg), cfg, jnp.bfloat16), cfg, slots=4, max_length=128, key=KEY, stop_ids=STOP,
-        block=16, buckets=(16, 32),
+        block=16, buckets=(16, 32), kv_dtype=kv_dtype,
     )  # fmt: skip
-    assert engine.slots.keys[0][0].dtype == engine.slots.values[0][0].dtype == jnp.bfloat16
+    assert engine.slots.keys[0].dtype == engine.slots.values[0].dtype == jnp.dtype(kv_dtype or jnp.bfloat16)
+    assert engine.slots.hidden.dtype == jnp.bfloat16
     requests = mixed_requests(15, longest=30, new=30)
     completions = engine.generate(requests)
     t = trajectories(requests, completions, group=range(15), width=88)

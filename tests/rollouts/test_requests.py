@@ -41,6 +41,7 @@ def test_what_cannot_be_served_is_refused_and_counted(change, words):
 def test_engines_that_cannot_be_built():
     for change, words in (
         ({"stop_ids": (3, 150)}, "stop token 150 is outside the vocabulary of 150"),
+        ({"kv_dtype": "int32"}, "kv_dtype=int32 must be a type of floats, int8, or None"),
         ({"slots": 0}, "slots=0"),
         ({"block": 0}, "block=0"),
         ({"max_length": 0}, "max_length=0"),

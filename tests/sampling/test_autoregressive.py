@@ -321,3 +321,20 @@ def test_parameters_differ_by_row():
     # greedy; the second of two kept; 0.64 of the mass lies on the first, which is enough for 0.6
     assert drawn.token.tolist() == [0, 1, 0]
     np.testing.assert_allclose(drawn.behaviour_logp, [0, np.log(1 / (1 + np.e)), 0], atol=1e-6)
+
+
+def test_lookups_in_a_loop_make_no_copy_of_a_table_in_bfloat16():
+    cfg = dataclasses.replace(TINY, vocab_size=4096)
+    table = jax.random.normal(jax.random.key(0), (4096, 32)).astype(jnp.bfloat16)
+    prepared = {"embed": table, "final_norm": jnp.ones(32, jnp.bfloat16)}
+
+    def embeddings(prepared, tokens):
+        def step(index, out):
+            return out.at[index].set(autoregressive.lookup(prepared, tokens[index], cfg))
+
+        return jax.lax.fori_loop(0, 3, step, jnp.zeros((3, 2, 1, 32), jnp.bfloat16))
+
+    tokens = jnp.array([[0, 5], [4095, 9], [7, 7]])
+    compiled = jax.jit(embeddings).lower(prepared, tokens).compile()
+    np.testing.assert_array_equal(compiled(prepared, tokens)[:, :, 0], table[tokens])
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 10

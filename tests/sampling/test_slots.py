@@ -181,13 +181,13 @@ def test_int8_columns_are_right_to_half_a_step_and_zeros_stay_zeros():
 def test_an_int8_cache_holds_what_floats_are_close_to():
     """Read at once, in pieces or written while decoding: each number is rounded once, and so attended."""
     counts = (5, 11, 2)
-    rough, exact = read(counts, int8_cache=True), read(counts)
+    rough, exact = read(counts, kv_dtype=jnp.int8), read(counts)
     assert 0 < np.abs(rough.hidden - exact.hidden).max() < 0.03 * np.abs(exact.hidden).max()
-    state = slots.empty(CFG, 3, 16, 8, jnp.float32, int8_cache=True)
+    state = slots.empty(CFG, 3, 16, 8, jnp.float32, kv_dtype=jnp.int8)
     for index, row in enumerate(prefixes.rows(rough)):
         state = put(state, row, index)
     state, chunk = draw(state)
-    pieces = prefixes.prefill(PREPARED, rough, chunk.tokens, chunk.counts, CFG, int8_cache=True)
+    pieces = prefixes.prefill(PREPARED, rough, chunk.tokens, chunk.counts, CFG, kv_dtype=jnp.int8)
     for slot in range(3):
         written = prefixes.trim(slots.take(state, jnp.int32(slot), jnp.int32(8)), columns=24)
         read_again = prefixes.rows(pieces)[slot]

@@ -1,7 +1,8 @@
 """jaxrl_llm's engine: requests in, completions with their log-probs out, on the host.
 
 One engine per number of slots and length, kept between rounds as in training; a row of a queue takes the
-place of one that is complete. Nothing of its defaults is changed.
+place of one that is complete. Keys and values are in float32 beside weights in bfloat16 too, which a CPU
+computes in float32 anyway; nothing else of its defaults is changed.
 """
 
 import collections
@@ -40,7 +41,12 @@ class Ours:
         """The one of that size."""
         if (slots, max_length) not in self.engines:
             self.engines[slots, max_length] = Engine(
-                self.prepared, self.cfg, slots=slots, max_length=max_length, key=jax.random.key(0)
+                self.prepared,
+                self.cfg,
+                slots=slots,
+                max_length=max_length,
+                key=jax.random.key(0),
+                kv_dtype=jnp.float32,
             )
         return self.engines[slots, max_length]
 
