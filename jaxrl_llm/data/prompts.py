@@ -56,11 +56,11 @@ def encode_prompts(
     dropped = 0
     for index, row in enumerate(rows):
         try:
-            ids = tokenizer.encode_prompt(row["prompt"]) if row["prompt"] else []
+            ids = tokenizer.encode_prompt(row["prompt"]) if row.get("prompt") else []
         except ValueError as error:
             raise MalformedRow(f"the prompt of {place(index)}: {error}") from error
         if not ids:
-            raise MalformedRow(f"the prompt of {place(index)} is empty: {row['prompt']!r}")
+            raise MalformedRow(f"the prompt of {place(index)} is empty: {row.get('prompt')!r}")
         if len(ids) <= max_prompt_length:
             prompts.append(Prompt(ids, row, index))
         elif overlong == "error":

@@ -18,8 +18,9 @@ FORMS = {
     "prompt": ("prompt",),
     "supervised": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
+    "text": ("text",),
 }
-"""form -> the columns of text that its rows must have."""
+"""form -> the columns of text that its rows must have. 'text', which has no prompt, has to be asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,9 @@ def held_out(train: Source, test: Source) -> tuple[Source, int]:
       ValueError: nothing remains.
     """
     seen = {_digest(row["prompt"]) for row in test}
-    kept = np.fromiter((i for i, row in enumerate(train) if _digest(row["prompt"]) not in seen), np.int64)
+    kept = np.fromiter(
+        (i for i, row in enumerate(train) if _digest(row.get("prompt") or row["text"]) not in seen), np.int64
+    )
     if not len(kept):
         raise ValueError(f"all {len(train)} training prompts occur in the held-out set")
     rest = Source(
@@ -196,7 +199,7 @@ def _fault(row: Row, names: Sequence[str], texts: Sequence[str]) -> tuple[str, s
         if name not in names:
             return name, "not in the first row; every row needs the same columns"
     for name in texts:
-        if what := _text_fault(row[name], may_be_empty=name != "prompt"):
+        if what := _text_fault(row[name], may_be_empty=name not in ("prompt", "text")):
             return name, what
     if "data_source" in row and "reward_model" in row:
         model = row["reward_model"]

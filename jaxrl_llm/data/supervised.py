@@ -13,11 +13,11 @@ from jaxrl_llm.data.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt and its completion.
+    """A prompt and its completion, or a text without a prompt.
 
     Attributes:
       ids: token ids of both, closed by EOS.
-      loss_mask: for each id, whether the policy should write it: completion and EOS.
+      loss_mask: for each id, whether the policy should write it: completion and EOS, or all of a text.
       index: which of the given rows, from 0.
     """
 
@@ -48,53 +48,77 @@ def encode_supervised(
     *,
     max_length: int,
     overlong: str = "drop",
+    mask_id: int | None = None,
     place: Callable[[int], str] = "row {}".format,
 ) -> tuple[list[Example], int]:
-    """Encodes `prompt` and `completion` (or `chosen`, where there is no completion).
+    """Encodes `prompt` and `completion` (or `chosen`, where there is no completion), or `text` alone.
 
-    The prompt's ids are those that the sampler would see; the completion's follow them.
+    The prompt's ids are those that the sampler would see; the completion's, or EOS after a text, follow them.
 
     Args:
-      rows: dicts with `prompt` and `completion` or `chosen`; each a string or messages.
+      rows: dicts with `prompt` and `completion` or `chosen`, each a string or messages; or, where there is no
+        prompt, with a string `text`.
       tokenizer: of the policy.
       max_length: longest example, prompt and completion, in tokens.
       overlong: what becomes of longer ones: 'drop' (and count), or 'error'.
+      mask_id: of a masked-diffusion LM; no example may have it.
       place: which of the given rows, from 0 -> where it stands, for errors.
 
     Returns:
       The examples in order, and how many were dropped.
 
     Raises:
-      MalformedRow: a row without one of the columns, an empty prompt, an example too long under 'error', or
-        what the tokenizer refuses.
+      MalformedRow: a row without one of the columns, an empty prompt or text, an example too long under
+        'error' or with the mask token in it, or what the tokenizer refuses.
       ValueError: an unknown `overlong`.
     """
     check_overlong(overlong)
     examples: list[Example] = []
     dropped = 0
     for index, row in enumerate(rows):
-        column = "completion" if "completion" in row else "chosen"
-        if column not in row or not row.get("prompt"):
+        first = "prompt" if "prompt" in row else "text"
+        column = next((name for name in ("completion", "chosen") if name in row), "")
+        if first == "text":
+            column = "text"
+        if not column or not row.get(first):
             raise MalformedRow(
-                f"{place(index)} needs a prompt and a completion (or chosen), got columns {', '.join(row)}"
+                f"{place(index)} needs a prompt and a completion (or chosen), or a text, got columns "
+                f"{', '.join(row)}"
             )
         try:
-            prompt = tokenizer.encode_prompt(row["prompt"])
-            completion, written = tokenizer.encode_completion(row["prompt"], row[column])
+            ids, mask = _encode(row, column, tokenizer)
         except ValueError as error:
             raise MalformedRow(f"{place(index)}, column {column!r}: {error}") from error
-        ids = prompt + completion
+        if mask_id in ids:
+            raise MalformedRow(
+                f"{place(index)} has the mask token, id {mask_id}, in place {ids.index(mask_id) + 1}: it "
+                "stands for tokens to be predicted. Leave it out of the text, or set another model.mask_id"
+            )
         if len(ids) <= max_length:
-            examples.append(Example(ids, [False] * len(prompt) + written, index))
+            examples.append(Example(ids, mask, index))
         elif overlong == "error":
             raise MalformedRow(
-                f"{place(index)} has {len(ids)} tokens with its completion, more than "
+                f"{place(index)} has {len(ids)} tokens in all, more than "
                 f"max_length={max_length}: raise the limit, or set overlong='drop' (data.overlong_prompts of "
                 "a config) to leave such rows out"
             )
         else:
             dropped += 1
     return examples, dropped
+
+
+def _encode(row: dict[str, Any], column: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids of a row and their loss mask."""
+    if column == "text":
+        if not isinstance(row["text"], str):
+            raise ValueError("a text is a string; messages go into prompt and completion")
+        ids = tokenizer.encode_prompt(row["text"])
+        if ids[-1] not in tokenizer.eos_ids:
+            ids = [*ids, tokenizer.eos_ids[0]]
+        return ids, [True] * len(ids)
+    prompt = tokenizer.encode_prompt(row["prompt"])
+    completion, written = tokenizer.encode_completion(row["prompt"], row[column])
+    return prompt + completion, [False] * len(prompt) + written
 
 
 def first_fit(examples: Sequence[Example], length: int, rows: int | None = None) -> list[list[Example]]:

@@ -95,6 +95,26 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def check_mask(tokenizer: Tokenizer, mask_id: int) -> None:
+    """Refuses a mask token that stands for something else in texts: what it hides could not be learned.
+
+    Raises:
+      ValueError: the tokenizer ends or pads with it, or writes text with it.
+    """
+    use = ""
+    if mask_id in tokenizer.eos_ids:
+        use = "it is an end of text"
+    elif mask_id == tokenizer.pad_id:
+        use = "it is the padding"
+    elif text := tokenizer.decode([mask_id]):
+        use = f"it writes {text!r}"
+    if use:
+        raise ValueError(
+            f"mask_id={mask_id} is a token that the tokenizer uses: {use}. Take an id of its own, such as "
+            f"{tokenizer.vocab_size}, the one after the tokenizer's last (model.mask_id=None of a config)"
+        )
+
+
 TOKENIZERS: dict[str, tuple[Callable[..., Tokenizer], str]] = {
     "folder": (huggingface.folder, "path"),
     "sentencepiece": (sentencepieces.load, "path"),

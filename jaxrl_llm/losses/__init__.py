@@ -37,7 +37,8 @@ Every surrogate is `(logp, old_logp, advantages, mask, *, options) -> (loss f[N,
 ³ takes further arrays by name: of peers, of the second track, of the teacher.
 
 Masked-diffusion LMs have no log-prob of a response: `diffusion_policy` has what stands for it (diffu-GRPO,
-coupled-GRPO, a trace) under any surrogate, and SPG; `diffusion` the masks and the loss of pre-training.
+UniGRPO, coupled-GRPO, a trace) under any surrogate, and SPG; `diffusion` has the masks and the loss of
+pre-training.
 
 How much a token counts: the loss's gradient is −A·w·∇log π, with w a function of r = π/π_old (under gspo
 r is the sequence's and w is shared by its tokens). Inside the bounds w = r; outside them:
@@ -93,7 +94,15 @@ from jaxrl_llm.losses.covariance import (
     token_covariance,
 )
 from jaxrl_llm.losses.diffusion import add_noise, example_mean, likelihood_bound, masked_cross_entropy
-from jaxrl_llm.losses.diffusion_policy import coupled_logp, full_mask_logp, spg, spg_bounds, trace_logp
+from jaxrl_llm.losses.diffusion_policy import (
+    coupled_logp,
+    full_mask_logp,
+    partial_logp,
+    spg,
+    spg_bounds,
+    spread_shares,
+    trace_logp,
+)
 from jaxrl_llm.losses.distillation import aopd, aopd_from_logits, kdrl, kdrl_beta, opd, rlad
 from jaxrl_llm.losses.divergences import (
     aopd_top_k_kl,
@@ -234,6 +243,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "opd",
     "orpo",
+    "partial_logp",
     "policy_objective",
     "ppo_clip",
     "prefix_mask",
@@ -254,6 +264,7 @@ __all__ = [
     "simpo",
     "spg",
     "spg_bounds",
+    "spread_shares",
     "summed_advantages",
     "token_covariance",
     "top_k_kl",

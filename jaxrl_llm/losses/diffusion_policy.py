@@ -7,8 +7,9 @@ compared on equal terms, as one objective (`policy_objective`) of any surrogate:
 | estimate         | passes    | the sum over a response                                                |
 |------------------|-----------|------------------------------------------------------------------------|
 | full_mask_logp   | 1         | tokens as if independent of each other (diffu-GRPO, 2504.12216)        |
-| coupled_logp     | 3         | half of that, plus ln p of each token in a random context: 1.5 times a |
-|                  |           | log-prob (coupled-GRPO, 2506.20639)                                    |
+| partial_logp     | 1         | one draw of the ELBO, in equal parts (UniGRPO, 2505.15809)             |
+| coupled_logp     | 3         | half of the first, plus ln p of each token in a random context: 1.5    |
+|                  |           | times a log-prob (coupled-GRPO, 2506.20639)                            |
 | spg_bounds → spg | num_draws | ELBO from below, EUBO from above (SPG, 2510.09541)                     |
 | trace_logp       | num_steps | the token choices in the recorded order, exactly                       |
 
@@ -27,6 +28,7 @@ from jaxrl_llm.losses.diffusion import (
     draw_masks,
     logp_of_draws,
     lower_bound,
+    stratified,
     upper_bound,
 )
 from jaxrl_llm.losses.surrogates import token_advantages
@@ -79,6 +81,53 @@ def full_mask_logp(
     check_same_shape(tokens=tokens, mask=mask, prompt=prompt)
     hidden = mask | _noisy_prompt(keys, prompt, prompt_rate)
     return masked(logp(jnp.where(hidden, mask_id, tokens), tokens), mask)
+
+
+def partial_logp(
+    logp: LogProbs, tokens: Array, mask: Array, keys: Array, *, mask_id: int, shares: Array | None = None
+) -> Array:
+    """UniGRPO's estimate: the mean log-prob of a random part of the response, given the prompt and the rest.
+
+    e = mean over the k masked of n tokens of ln p(x_j | tokens that are not masked),  k = 1 + floor(share·n)
+
+    e stands at every token, so that its ratio in a surrogate is that of the averaged log-probs; rows weigh
+    alike under seq_mean_token_mean, as in the paper. With share ~ U(0, 1) n·e is on average the ELBO of
+    ln p(response): every step of decoding is trained, not the first alone as by `full_mask_logp`.
+
+    Args:
+      shares: f32[N] in [0, 1), of `spread_shares` where a batch is passed over several times; None = drawn.
+
+    Returns:
+      f[N, T] (nats), the same at every token of a row; 0 outside of `mask`.
+
+    Raises:
+      ValueError: shapes that differ.
+
+    References:
+      2505.15809 (MMaDA). It masks each token with a probability; a number of tokens is never 0.
+    """
+    check_same_shape(tokens=tokens, mask=mask)
+    of_share, of_tokens = _split(keys)
+    shares = _uniform(of_share) if shares is None else shares
+    n = jnp.sum(mask, axis=1)
+    k = 1 + jnp.clip((shares * n).astype(jnp.int32), -1, n - 1)
+    u = jnp.where(mask, _uniform(of_tokens, tokens.shape[1]), 2)
+    hidden = mask & (jnp.argsort(jnp.argsort(u, axis=1), axis=1) < k[:, None])
+    values = masked(logp(jnp.where(hidden, mask_id, tokens), tokens), hidden)
+    mean = jnp.sum(values, axis=1) / jnp.maximum(k, 1)
+    return jnp.where(mask, mean[:, None], 0)
+
+
+def spread_shares(keys: Array, num_iterations: int) -> Array:
+    """f32[num_iterations, N] in [0, 1): a row's random start, then evenly spread over the passes of a batch.
+
+    Example:
+      >>> shares = spread_shares(jax.random.split(jax.random.key(0), 3), 4)
+      >>> [round(float(x), 4) for x in jnp.sort(shares[:, 1])[1:] - jnp.sort(shares[:, 1])[:-1]]
+      [0.25, 0.25, 0.25]
+    """
+    index = jnp.arange(num_iterations)
+    return jax.vmap(lambda key: stratified(key, num_iterations, index), out_axes=1)(keys)
 
 
 def coupled_logp(

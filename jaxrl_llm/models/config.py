@@ -1,7 +1,7 @@
 """What shape a model has: one frozen dataclass for every family."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,20 @@ class ModelConfig:
             raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}")
         if self.logits_shift not in (0, 1):
             raise ValueError(f"logits_shift={self.logits_shift} must be 0 or 1")
+
+
+GEMMA = {"norm_plus_one": True, "post_norms": True, "activation": "gelu_tanh", "embed_scale": True}
+FEATURES: dict[str, dict[str, Any]] = {
+    "llama": {"qk_norm": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "qwen3": {},
+    "mistral": {"qk_norm": False},
+    "gemma2": GEMMA | {"qk_norm": False},
+    "gemma3_text": GEMMA,
+    "llada": {"qk_norm": False, "causal": False},
+    "Dream": {"qk_norm": False, "qkv_bias": True, "causal": False, "logits_shift": 1},
+}
+"""What makes a new model one of a family: the fields in which it is not `ModelConfig`'s default."""
 
 
 def require_causal(cfg: ModelConfig, task: str) -> None:

@@ -20,8 +20,13 @@ from jaxrl_llm.losses import (
     Objective,
     policy_objective,
 )
+from jaxrl_llm.models.config import FEATURES
 from jaxrl_llm.models.transformer import REMAT
 from jaxrl_llm.rollouts import schedules
+
+OBJECTIVES = ("next_token", "diffusion_pretraining", "diffusion_finetuning")
+"""What supervised training learns: completions from what stands before each token; of a masked-diffusion LM
+any masked tokens of a row (the mean over tokens), or those of completions alone (over examples, as LLaDA)."""
 
 
 def source() -> ConfigDict:
@@ -47,7 +52,7 @@ def default() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.path = ""  # a Hugging Face folder; empty = random weights of the sizes below
-    c.model.family = "qwen3"
+    c.model.family = "qwen3"  # of models.config.FEATURES; llada and Dream are masked-diffusion LMs
     c.model.vocab_size = 0  # 0 = as the tokenizer needs
     c.model.hidden_size = 128
     c.model.num_layers = 2
@@ -55,6 +60,9 @@ def default() -> ConfigDict:
     c.model.num_kv_heads = 2
     c.model.head_dim = 32
     c.model.intermediate_size = 384
+    c.model.causal = config_dict.placeholder(bool)  # None = as the family is; False = masked diffusion
+    c.model.mask_id = config_dict.placeholder(int)  # of masked diffusion; None = after the tokenizer's ids
+    c.model.logits_shift = config_dict.placeholder(int)  # of masked diffusion; None = the family's: Dream 1
     c.model.compute_dtype = "float32"  # or bfloat16; params and sums stay float32
     c.model.remat = "dots"  # none, dots, full: what the backward pass recomputes
 
@@ -130,6 +138,7 @@ def default() -> ConfigDict:
     c.supervised.num_steps = 0
     c.supervised.batch_rows = 64
     c.supervised.max_length = 0  # tokens; 0 = max_prompt_length + max_completion_length
+    c.supervised.objective = ""  # of OBJECTIVES; empty = next_token, of a masked-diffusion LM its fine-tuning
     c.supervised.train = source()  # empty kind = data.train, with `answer` for a missing completion
     c.supervised.optimizer = optimizer(learning_rate=1e-3)
 
@@ -324,6 +333,8 @@ def check(c: ConfigDict) -> None:
         ("rollout.on_degenerate", ("train", "skip", "fail")),
         ("rollout.allocation", ("", *schedules.ALLOCATIONS)),
         ("data.overlong_prompts", ("drop", "error")),
+        ("supervised.objective", ("", *OBJECTIVES)),
+        ("model.family", FEATURES),
         ("model.remat", REMAT),
         ("model.compute_dtype", ("float32", "bfloat16")),
     ):

@@ -55,17 +55,18 @@ class NoisyBatch:
     rate: Array
 
 
-@partial(jax.jit, static_argnames=("mask_id", "least"))
-def with_noise(batch: SupervisedBatch, key: Array, *, mask_id: int, least: float = 1e-3) -> NoisyBatch:
-    """Masks some of the tokens under `loss_mask`: the prompt never."""
-    noisy = add_noise(
-        key, batch.tokens, batch.loss_mask, mask_id=mask_id, segment_ids=batch.segment_ids, least=least
-    )
+@partial(jax.jit, static_argnames=("mask_id", "everywhere", "least"))
+def with_noise(
+    batch: SupervisedBatch, key: Array, *, mask_id: int, everywhere: bool = False, least: float = 1e-3
+) -> NoisyBatch:
+    """Masks some of the tokens under `loss_mask`, so the prompt never; or, to pre-train, `everywhere`."""
+    mask = batch.segment_ids > 0 if everywhere else batch.loss_mask
+    noisy = add_noise(key, batch.tokens, mask, mask_id=mask_id, segment_ids=batch.segment_ids, least=least)
     return NoisyBatch(
         batch.tokens,
         batch.segment_ids,
         batch.positions,
-        batch.loss_mask,
+        mask,
         noisy=noisy.tokens,
         masked=noisy.masked,
         rate=noisy.rate,

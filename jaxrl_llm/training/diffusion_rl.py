@@ -23,9 +23,11 @@ from jaxrl_llm.losses import (
     coupled_logp,
     finalize,
     full_mask_logp,
+    partial_logp,
     policy_objective,
     spg,
     spg_bounds,
+    spread_shares,
     trace_logp,
 )
 from jaxrl_llm.losses.diffusion_policy import Traced
@@ -41,9 +43,9 @@ from jaxrl_llm.trajectory import Trajectories, length_mask
 
 Array = jax.Array
 
-METHODS = ("diffu_grpo", "coupled_grpo", "trace", "spg")
-Estimate = Callable[[Tree, Trajectories, Array], Traced]
-"""(params, trajectories, keys key[N]) -> what stands for the log-prob of every token."""
+METHODS = ("diffu_grpo", "unigrpo", "coupled_grpo", "trace", "spg")
+Estimate = Callable[[Tree, Trajectories, Array, Array | None], Traced]
+"""(params, trajectories, keys key[N], shares f32[N]) -> what stands for the log-prob of every token."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +57,7 @@ class DiffusionBatch:
       trajectories: N rows, as `to_trajectories` makes them.
       advantages: f32[N].
       keys: key[N] of the masks.
+      shares: f32[N] of `partial_logp`, for 'unigrpo'; None = drawn from the keys.
       old_logp: f32[N, T] the estimate, by the same keys, for the params before this batch's updates; None =
         the params as they are, whose ratio is 1. For the trace also behaviour_logp + log_kept of the sampler.
       ref_logp: f32[N, T] the same for the reference model; None without one.
@@ -63,6 +66,7 @@ class DiffusionBatch:
     trajectories: Trajectories
     advantages: Array
     keys: Array
+    shares: Array | None = None
     old_logp: Array | None = None
     ref_logp: Array | None = None
 
@@ -89,23 +93,23 @@ def estimate_of(method: str, cfg: ModelConfig, *, num_steps: int | None = None, 
     """The log-probs that a method compares before and after an update.
 
     Args:
-      method: 'diffu_grpo', 'coupled_grpo' or 'trace'.
+      method: of `METHODS`, all but 'spg'.
       cfg: of a masked-diffusion LM.
       num_steps: of 'trace': more rounds than any row was decoded in.
-      options: of `full_mask_logp`, `coupled_logp` or `trace_logp`.
+      options: of `full_mask_logp`, `partial_logp`, `coupled_logp` or `trace_logp`.
 
     Raises:
       ValueError: a method that has no such log-prob, a causal model, or 'trace' without `num_steps`.
     """
     require_denoiser(cfg, "RL by denoising")
     assert cfg.mask_id is not None
-    if method not in METHODS[:3]:
-        raise ValueError(f"method={method!r} has no estimate of log-probs; one of {', '.join(METHODS[:3])}")
+    if method not in METHODS[:-1]:
+        raise ValueError(f"method={method!r} has no estimate of log-probs; one of {', '.join(METHODS[:-1])}")
     if (num_steps is None) == (method == "trace"):
         raise ValueError(f"num_steps={num_steps} is for method='trace' and needed there, got {method!r}")
     options |= {"mask_id": cfg.mask_id}
 
-    def estimate(params: Tree, t: Trajectories, keys: Array) -> Traced:
+    def estimate(params: Tree, t: Trajectories, keys: Array, shares: Array | None = None) -> Traced:
         logp, (mask, prompt) = _scorer(params, t, cfg), response_and_prompt(t)
         if num_steps is not None:  # the trace
             if t.commit_step is None:
@@ -113,6 +117,8 @@ def estimate_of(method: str, cfg: ModelConfig, *, num_steps: int | None = None, 
             return trace_logp(logp, t.tokens, mask, t.commit_step, keys, num_steps=num_steps, **options)
         if method == "coupled_grpo":
             values = coupled_logp(logp, t.tokens, mask, keys, **options)
+        elif method == "unigrpo":
+            values = partial_logp(logp, t.tokens, mask, keys, shares=shares, **options)
         else:
             values = full_mask_logp(logp, t.tokens, mask, prompt, keys, **options)
         return Traced(values, mask.astype(jnp.float32))
@@ -132,7 +138,7 @@ def ratio_loss(estimate: Estimate, objective: Objective | None = None) -> Loss:
 
     def loss(params: Tree, batch: DiffusionBatch) -> tuple[WeightedSum, Metrics]:
         mask = batch.trajectories.action_mask
-        logp, weight = estimate(params, batch.trajectories, batch.keys)
+        logp, weight = estimate(params, batch.trajectories, batch.keys, batch.shares)
         old_logp = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
         arrays = {} if batch.ref_logp is None else {"ref_logp": batch.ref_logp}
         return objective(logp, old_logp, batch.advantages[:, None] * weight, mask, **arrays)
@@ -199,7 +205,7 @@ def improve(
       num_steps: batches of M·num_generations responses.
       num_iterations: updates on each, with masks of their own; SPG takes 1.
       scale: of the group's advantages; "none" is r − mean.
-      objective: as `ratio_loss`.
+      objective: as `ratio_loss`; the paper of 'unigrpo' has "seq_mean_token_mean" for aggregation.
       on_step: called with the number of batches done and their metrics.
       options: of the method: see `estimate_of` and `spg_loss`.
 
@@ -232,7 +238,7 @@ def improve(
         asked = np.repeat(prompts(rng), num_generations, axis=0)
         rows = len(asked)
         lengths, numbers = np.full(rows, asked.shape[1]), settings(rows)
-        of_decoder, of_masks = jax.random.split(jax.random.fold_in(key, step))
+        of_decoder, of_masks, of_shares = jax.random.split(jax.random.fold_in(key, step), 3)
         decoded = decode(
             denoiser,
             state.params,
@@ -252,10 +258,11 @@ def improve(
         rewards = jnp.asarray(reward(asked, np.asarray(decoded.tokens)), jnp.float32)
         advantages, metrics = ADVANTAGES["group"](rewards, group, scale=scale)
         batches = []
-        for keys in jax.random.split(of_masks, (num_iterations, rows)):
-            batch = DiffusionBatch(t, advantages, keys)
+        each = jax.random.split(of_masks, (num_iterations, rows))
+        for keys, shares in zip(each, spread_shares(jax.random.split(of_shares, rows), num_iterations)):
+            batch = DiffusionBatch(t, advantages, keys, shares)
             if old is not None and num_iterations > 1:
-                batch = dataclasses.replace(batch, old_logp=old(state.params, t, keys).logp)
+                batch = dataclasses.replace(batch, old_logp=old(state.params, t, keys, shares).logp)
             batches.append(batch)
         for batch in batches:
             state, more = update(state, batch)

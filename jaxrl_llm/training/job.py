@@ -24,6 +24,7 @@ from jaxrl_llm.rollouts.engine import Engine
 from jaxrl_llm.rollouts.single_turn import Settings
 from jaxrl_llm.sampling.autoregressive import prepare
 from jaxrl_llm.sampling.rules import Rules
+from jaxrl_llm.training.architecture import check_objective, model_config
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import check
 from jaxrl_llm.training.progress import summary
@@ -69,6 +70,12 @@ class Job:
     def dtype(self) -> Any:
         """Compute dtype."""
         return jnp.dtype(self.config.model.compute_dtype)
+
+    @property
+    def objective(self) -> str:
+        """What supervised training learns, of `config.OBJECTIVES`."""
+        own = "next_token" if self.cfg.causal else "diffusion_finetuning"
+        return self.config.supervised.objective or own
 
     def settings(self) -> Settings:
         """How training samples."""
@@ -121,23 +128,6 @@ def load_tokenizer(c: ConfigDict) -> tokenizers.Tokenizer:
     return tokenizers.load(c.tokenizer.kind, path=path, alphabet=c.tokenizer.alphabet)
 
 
-def model_config(c: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
-    """The policy's shape: that of the folder, or of the config with the vocabulary that is needed.
-
-    Raises:
-      ValueError: the tokenizer's ids do not fit the vocabulary.
-    """
-    if c.model.path:
-        cfg = huggingface_config.config_from_folder(c.model.path)
-    else:
-        names = {field.name for field in dataclasses.fields(ModelConfig)}
-        sizes = {key: value for key, value in c.model.items() if key in names}
-        needed = -(-tokenizer.vocab_size // 64) * 64  # whole vector lanes, and divisible by a mesh axis
-        cfg = ModelConfig(**sizes | {"vocab_size": c.model.vocab_size or needed})
-    tokenizers.check_vocabulary(tokenizer, cfg.vocab_size)
-    return cfg
-
-
 def supervised_length(c: ConfigDict) -> int:
     """Tokens of a packed row."""
     return c.supervised.max_length or c.data.max_prompt_length + c.rollout.max_completion_length
@@ -166,7 +156,7 @@ def check_rows(job: Job) -> None:
     """
     data, length = job.config.data, supervised_length(job.config)
     prompts = functools.partial(encode_prompts, max_prompt_length=data.max_prompt_length)
-    examples = functools.partial(encode_supervised, max_length=length)
+    examples = functools.partial(encode_supervised, max_length=length, mask_id=job.cfg.mask_id)
     for rows, encode, limit in (
         (job.train, prompts, f"data.max_prompt_length={data.max_prompt_length}"),
         (job.supervised, examples, f"supervised.max_length={length}"),
@@ -196,6 +186,8 @@ def build(c: ConfigDict, *, training: bool = True, evaluation: bool = True) -> J
     check(c)
     tokenizer = load_tokenizer(c)
     cfg = model_config(c, tokenizer)
+    if training:
+        check_objective(c, cfg)
     train = open_rows(c.data.train) if training else None
     test = open_rows(c.eval.data) if evaluation else None
     supervised = (open_rows(c.supervised.train) or train) if training and c.supervised.num_steps else None
@@ -205,8 +197,8 @@ def build(c: ConfigDict, *, training: bool = True, evaluation: bool = True) -> J
         raise ValueError("supervised.train has no rows: set its kind and path, or those of data.train")
     if training and not cfg.causal and (c.num_steps or test is not None):
         raise ValueError(
-            f"{c.model.path} is a masked-diffusion model, which is fine-tuned here on given completions: set "
-            "num_steps=0 and no eval.data; RL on it is jaxrl_llm.training.diffusion_rl.improve"
+            f"{c.model.path or 'the new model'} is a masked-diffusion model, which is trained here on given "
+            "texts: set num_steps=0 and no eval.data; RL on it is jaxrl_llm.training.diffusion_rl.improve"
         )
     removed = 0
     eval_prompts: list[Prompt] = []
@@ -325,9 +317,8 @@ def export(job: Job, params: Tree, folder: Path) -> None:
     """Writes the policy and its tokenizer as a Hugging Face folder."""
     path = job.config.model.path
     ids = list(job.tokenizer.eos_ids)
-    known = (
-        huggingface_config.read_config(path) if path else {"eos_token_id": ids[0] if len(ids) == 1 else ids}
-    )
+    one = len(ids) == 1 or not job.cfg.causal  # LLaDA's and Dream's own code knows one
+    known = huggingface_config.read_config(path) if path else {"eos_token_id": ids[0] if one else ids}
     huggingface.save(folder, params, job.cfg, hf_config=known)
     job.tokenizer.save(folder)
 
@@ -373,7 +364,10 @@ def describe(job: Job) -> list[tuple[str, str]]:
     ]
     if c.supervised.num_steps:
         lines.append(
-            ("supervised", f"{c.supervised.num_steps} updates × {c.supervised.batch_rows} packed rows")
+            (
+                "supervised",
+                f"{c.supervised.num_steps} updates × {c.supervised.batch_rows} packed rows, {job.objective}",
+            )
         )
     if job.train is not None:
         updates, slots = c.train.num_iterations * c.train.num_minibatches, c.rollout.slots

@@ -355,7 +355,9 @@ def run(job: Job, workdir: Path) -> None:
             rate = schedule(c.supervised.optimizer, rl_begins)
             loss = supervised_loss(scorer(c, job.cfg, job.rules))
             if not job.cfg.causal:
-                loss = denoising_loss(job.cfg, dtype=job.dtype, remat=c.model.remat, rules=job.rules)
+                by_example = job.objective == "diffusion_finetuning"
+                options = {"dtype": job.dtype, "remat": c.model.remat, "rules": job.rules}
+                loss = denoising_loss(job.cfg, by_example=by_example, **options)
             update = make_update(loss, optimizers[0], rate)
             with progress(total=rl_begins, title="supervised") as tick:
                 while host.step < rl_begins:
@@ -365,7 +367,10 @@ def run(job: Job, workdir: Path) -> None:
                         given: Any = examples
                         if not job.cfg.causal:
                             given = with_noise(
-                                examples, run_key(job, NOISE, host.step), mask_id=job.cfg.mask_id
+                                examples,
+                                run_key(job, NOISE, host.step),
+                                mask_id=job.cfg.mask_id,
+                                everywhere=job.objective == "diffusion_pretraining",
                             )
                         state, metrics = update(state, jax.device_put(given, job.rows))
                         numbers = finalize(metrics)

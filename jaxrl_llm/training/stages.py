@@ -133,6 +133,7 @@ def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBat
             job.tokenizer,
             max_length=length,
             overlong=job.config.data.overlong_prompts,
+            mask_id=job.cfg.mask_id,
             place=lambda i, ahead=ahead: supervised.place(int(ahead[i])),  # type: ignore[misc]
         )
         examples += [dataclasses.replace(example, index=example.index + looked) for example in more]

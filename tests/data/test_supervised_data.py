@@ -61,7 +61,7 @@ def test_a_conversation_trains_what_the_assistant_says(tokenizer):
         ),
         (
             {"prompt": "p" * 99, "completion": "a"},
-            "row 1 has 101 tokens with its completion, more than max_length=9",
+            "row 1 has 101 tokens in all, more than max_length=9",
         ),
     ],
 )

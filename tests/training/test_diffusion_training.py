@@ -178,7 +178,7 @@ def test_a_llada_folder_is_fine_tuned_by_the_training_binary(tmp_path):
     assert len(nll) == 30 and np.mean(nll[-5:]) < np.mean(nll[:5]) - 1
     assert huggingface_config.config_from_folder(tmp_path / "run" / "export").mask_id == 300
     c.num_steps, c.data.train, c.reward.functions = 1, c.supervised.train, ("exact_match",)
-    with pytest.raises(ValueError, match="masked-diffusion model, which is fine-tuned here"):
+    with pytest.raises(ValueError, match="masked-diffusion model, which is trained here"):
         build(c)
 
 
@@ -194,6 +194,8 @@ DECODER = Method(4)
     [
         ("diffu_grpo", {}),
         ("diffu_grpo", {"num_iterations": 3, "prompt_rate": 0.3}),
+        ("unigrpo", {"num_generations": 16, "learning_rate": 4e-3}),
+        ("unigrpo", {"num_generations": 16, "num_iterations": 3, "learning_rate": 4e-3}),
         ("coupled_grpo", {}),
         ("trace", {}),
         ("trace", {"sampled_steps": 1}),
@@ -203,7 +205,7 @@ DECODER = Method(4)
     ids=str,
 )
 def test_every_method_raises_the_reward(method, options):
-    """From a chance level of 1/11 to nine tokens in ten, in 60 batches of 32 responses."""
+    """From a chance level of 1/11 to nine tokens in ten, in 60 batches of 32 or 64 responses."""
     _, history = diffusion_rl.improve(
         PARAMS,
         CFG,
@@ -213,8 +215,7 @@ def test_every_method_raises_the_reward(method, options):
         lambda rows: diffusion_options.settings(DECODER, rows, steps=2, temperature=1.0),
         method=method,
         num_steps=60,
-        learning_rate=1e-2,
-        **options,
+        **{"learning_rate": 1e-2} | options,
     )
     assert np.mean(history[:3]) < 0.2 and np.mean(history[-5:]) > 0.9
 
