@@ -5,6 +5,7 @@ A layer is `block(layer, x, cfg, rope, attend)`: it projects, rotates, and hands
 cache; both run the same layer.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -80,9 +81,10 @@ def layer_specs(cfg: ModelConfig) -> Tree:
 
 def param_specs(cfg: ModelConfig) -> Tree:
     """`ParamSpec` of every parameter; those of layers are stacked on a leading axis L."""
-    vocab = ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), "embed")
+    head = ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), "embed")
     specs = {
-        "embed": vocab,
+        # as large as what the blocks add to it, else they drown it; but a head must start small
+        "embed": head if cfg.tied_head else dataclasses.replace(head, init="normal"),
         "layers": map_specs(
             lambda s: ParamSpec((cfg.num_layers, *s.shape), ("layers", *s.axes), s.init, s.fan_in),
             layer_specs(cfg),
@@ -90,7 +92,7 @@ def param_specs(cfg: ModelConfig) -> Tree:
         "final_norm": ParamSpec((cfg.hidden_size,), (None,), "zeros" if cfg.norm_plus_one else "ones"),
     }
     if not cfg.tied_head:
-        specs["head"] = vocab
+        specs["head"] = head
     return specs
 
 
