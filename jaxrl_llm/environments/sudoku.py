@@ -64,8 +64,10 @@ class Problems(NamedTuple):
         return np.concatenate([self.prompts, self.responses], axis=1)
 
 
-def make(rng: np.random.Generator, size: int, *, fewest: int = 3, most: int = 8) -> Problems:
-    """Random problems: a grid, `fewest` to `most` of its cells as clues, and random fillers.
+def make(
+    rng: np.random.Generator, size: int, *, fewest: int = 3, most: int = 8, grids: np.ndarray = GRIDS
+) -> Problems:
+    """Random problems: one of `grids`, `fewest` to `most` of its cells as clues, and random fillers.
 
     Few clues leave several solutions; the response is one of them, and any other is right as well.
 
@@ -74,7 +76,7 @@ def make(rng: np.random.Generator, size: int, *, fewest: int = 3, most: int = 8)
     """
     if not 0 <= fewest <= most <= CELLS:
         raise ValueError(f"fewest={fewest} and most={most} clues must be in order between 0 and {CELLS}")
-    grids = GRIDS[rng.integers(len(GRIDS), size=size)]
+    grids = grids[rng.integers(len(grids), size=size)]
     given = rng.integers(fewest, most + 1, size)[:, None]
     is_clue = np.argsort(rng.random(grids.shape), axis=1).argsort(axis=1) < given
     prompts = np.full((size, PROMPT_LENGTH), START, np.int32)
