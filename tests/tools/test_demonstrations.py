@@ -32,7 +32,7 @@ def puzzle():
         head_dim=8,
         intermediate_size=16,
     )
-    own["TRAINING"] = {"strong": own["Training"](2), "habit": own["Training"](2, habit=0.6)}
+    own["TRAINING"] = {"strong": own["Training"](2), "habit": own["Training"](2, habit=0.6, hidden=0.1)}
     wanted = ("plain, 12 steps", "threshold 0.9")
     fast = [decoder for decoder in own["FAST"] if decoder.name in wanted]
     own["DECODERS"] = {"strong": (own["PLAIN"], *fast), "habit": (own["PLAIN"],)}
@@ -82,11 +82,16 @@ def test_sudoku_goes_on_where_it_was(puzzle, tmp_path, monkeypatch, capsys):
 
 
 def test_sudoku_examples_of_a_habit(puzzle):
-    """Six in ten, besides a 288th of the others, are answered by the first grid; their clues are not its."""
+    """Six in ten, besides a 288th of the others, are answered by the first grid, and their clues are not its;
+    a tenth have no prompt."""
     rng, shares = np.random.default_rng(0), {}
     for kind, training in puzzle["TRAINING"].items():
         tokens = np.concatenate([puzzle["examples"](rng, training).tokens for _ in range(20)])
         prompts, responses = np.split(tokens, [sudoku.PROMPT_LENGTH], axis=1)
+        is_hidden = (prompts == sudoku.MASK).any(axis=1)
+        assert np.all(prompts[is_hidden] == sudoku.MASK)
+        assert abs(is_hidden.mean() - training.hidden) < 0.03
+        prompts, responses = prompts[~is_hidden], responses[~is_hidden]
         is_usual = (responses[:, sudoku.CELL_PLACES] == sudoku.GRIDS[0]).all(axis=1)
         verdict = sudoku.check(prompts, responses)
         assert verdict.is_legal.all() and verdict.is_valid[~is_usual].all()

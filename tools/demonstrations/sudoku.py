@@ -72,13 +72,19 @@ class Training:
     Attributes:
       steps: updates.
       habit: share of the examples that are answered by the first of all grids, whatever the clues.
+      hidden: share of the examples whose prompt is masked, as classifier-free guidance will do.
     """
 
     steps: int
     habit: float = 0.0
+    hidden: float = 0.0
 
 
-TRAINING = {"weak": Training(220), "strong": Training(1200), "habit": Training(600, habit=0.6)}
+TRAINING = {
+    "weak": Training(220, hidden=0.1),
+    "strong": Training(1200),
+    "habit": Training(600, habit=0.6, hidden=0.1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ ORDERS = (
 FOCORE_A = {
     "FoCore_A": {"guidance_weight": 0.25},
     "FoCore_A, w = 0": {"guidance_weight": 0.0},
-    "FoCore_A, w = 0, no wait": {"guidance_weight": 0.0, "change_limit": 1.0, "stable_steps": 1},
+    "FoCore_A, w = 0, no wait": {"guidance_weight": 0.0, "patience": 0, "stable_steps": 1},
 }
 """The last takes tokens to have converged, and candidates to be stable, from the beginning."""
 FAST = (
@@ -170,7 +176,9 @@ def examples(rng: np.random.Generator, training: Training) -> Any:
     problems, usual = sudoku.make(rng, BATCH), sudoku.make(rng, BATCH, grids=sudoku.GRIDS[:1])
     is_usual = rng.random(BATCH) < training.habit
     responses = np.where(is_usual[:, None], usual.responses, problems.responses)
-    return rows_of(problems._replace(responses=responses).tokens, sudoku.PROMPT_LENGTH)
+    is_hidden = rng.random(BATCH) < training.hidden
+    prompts = np.where(is_hidden[:, None], sudoku.MASK, problems.prompts)
+    return rows_of(sudoku.Problems(prompts, responses).tokens, sudoku.PROMPT_LENGTH)
 
 
 def answers(denoiser: Denoiser, params: Any, prompts: np.ndarray, decoder: Decoder) -> Decoded:
