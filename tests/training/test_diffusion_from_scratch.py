@@ -1,7 +1,9 @@
 """A masked-diffusion LM from random weights: pre-training, fine-tuning, decoding; and what is refused."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +11,6 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import diffusion, diffusion_training
 from jaxrl_llm.data.order import Cursor
 from jaxrl_llm.data.prompts import encode_prompts
 from jaxrl_llm.data.rows import MalformedRow
@@ -26,6 +27,12 @@ from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.stages import Host, next_examples
 
 LETTERS = "abcdefgh"
+
+
+def config_of(name, argument=""):
+    """A config of this project, which is a file and not a package."""
+    path = Path(__file__).resolve().parents[2] / "configs" / f"{name}.py"
+    return runpy.run_path(str(path))["get_config"](argument)
 
 
 def write(path, rows):
@@ -66,7 +73,7 @@ def test_from_random_weights_to_completions(tmp_path):
     one letter is continued with the next one: 1/4·ln 8 nats a token without looking at the prompt, else 0.
     """
     texts = write(tmp_path / "texts.jsonl", [{"text": 4 * x} for x in LETTERS])
-    run(build(new(tiny(diffusion_training.get_config(), texts, 120), "Dream")), tmp_path / "one")
+    run(build(new(tiny(config_of("diffusion_training"), texts, 120), "Dream")), tmp_path / "one")
     history = nll(tmp_path / "one")
     assert history[0] > 0.8 * np.log(8)
     assert 0.15 * np.log(8) < np.mean(history[-20:]) < 0.4 * np.log(8)
@@ -79,10 +86,10 @@ def test_from_random_weights_to_completions(tmp_path):
     following = LETTERS[1:] + LETTERS[0]
     rows = [{"prompt": x, "completion": 3 * y} for x, y in zip(LETTERS, following)]
     rows = write(tmp_path / "rows.jsonl", rows)
-    run(build(tiny(diffusion_training.get_config(str(folder)), rows)), tmp_path / "two")
+    run(build(tiny(config_of("diffusion_training", str(folder)), rows)), tmp_path / "two")
     assert np.mean(nll(tmp_path / "two")[-20:]) < 0.2 * np.log(8)
 
-    c = diffusion.get_config(str(tmp_path / "two" / "export"))
+    c = config_of("diffusion", str(tmp_path / "two" / "export"))
     c.model.compute_dtype, c.method.max_new_tokens = "float32", 4
     sampler = Diffusion(c, 1)
     sampler.load(None, None, 8)
