@@ -31,6 +31,7 @@ def get_config(model: str = "") -> ConfigDict:
         c.supervised.objective = "diffusion_finetuning"
         c.supervised.train.path = "train.jsonl"
         c.supervised.max_length = 2048
+        c.supervised.completion_length = 128  # the max_new_tokens that it will be sampled with
         c.supervised.optimizer.learning_rate = 1e-5
         c.model.remat = "full"
         return c

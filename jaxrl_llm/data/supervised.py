@@ -49,6 +49,7 @@ def encode_supervised(
     max_length: int,
     overlong: str = "drop",
     mask_id: int | None = None,
+    completion_length: int = 0,
     place: Callable[[int], str] = "row {}".format,
 ) -> tuple[list[Example], int]:
     """Encodes `prompt` and `completion` (or `chosen`, where there is no completion), or `text` alone.
@@ -62,6 +63,9 @@ def encode_supervised(
       max_length: longest example, prompt and completion, in tokens.
       overlong: what becomes of longer ones: 'drop' (and count), or 'error'.
       mask_id: of a masked-diffusion LM; no example may have it.
+      completion_length: shorter completions go on with EOS up to so many tokens. A masked-diffusion LM is
+        given the place of its whole answer at once, and learns in this way that an answer may end before it
+        (2502.09992 fills up to the longest of a batch). 0 = they end where they end.
       place: which of the given rows, from 0 -> where it stands, for errors.
 
     Returns:
@@ -86,7 +90,7 @@ def encode_supervised(
                 f"{', '.join(row)}"
             )
         try:
-            ids, mask = _encode(row, column, tokenizer)
+            ids, mask = _encode(row, column, tokenizer, completion_length)
         except ValueError as error:
             raise MalformedRow(f"{place(index)}, column {column!r}: {error}") from error
         if mask_id in ids:
@@ -107,7 +111,9 @@ def encode_supervised(
     return examples, dropped
 
 
-def _encode(row: dict[str, Any], column: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _encode(
+    row: dict[str, Any], column: str, tokenizer: Tokenizer, completion_length: int
+) -> tuple[list[int], list[bool]]:
     """Ids of a row and their loss mask."""
     if column == "text":
         if not isinstance(row["text"], str):
@@ -118,7 +124,9 @@ def _encode(row: dict[str, Any], column: str, tokenizer: Tokenizer) -> tuple[lis
         return ids, [True] * len(ids)
     prompt = tokenizer.encode_prompt(row["prompt"])
     completion, written = tokenizer.encode_completion(row["prompt"], row[column])
-    return prompt + completion, [False] * len(prompt) + written
+    rest = max(0, completion_length - len(completion))
+    ids = prompt + completion + [tokenizer.eos_ids[0]] * rest
+    return ids, [False] * len(prompt) + written + [True] * rest
 
 
 def first_fit(examples: Sequence[Example], length: int, rows: int | None = None) -> list[list[Example]]:

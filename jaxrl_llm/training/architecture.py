@@ -63,7 +63,12 @@ def check_objective(c: ConfigDict, cfg: ModelConfig) -> None:
     Raises:
       ValueError: naming the objective, the model and the way out.
     """
-    objective = c.supervised.objective
+    objective, filled = c.supervised.objective, c.supervised.completion_length
+    if filled and (cfg.causal or objective == "diffusion_pretraining"):
+        raise ValueError(
+            f"supervised.completion_length={filled} is for the fine-tuning of masked-diffusion LMs, and this "
+            f"is {'a causal model' if cfg.causal else 'pre-training'}: leave it 0"
+        )
     if not objective or (objective == "next_token") == cfg.causal:
         return
     kind, way_out = (

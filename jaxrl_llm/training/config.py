@@ -138,6 +138,9 @@ def default() -> ConfigDict:
     c.supervised.num_steps = 0
     c.supervised.batch_rows = 64
     c.supervised.max_length = 0  # tokens; 0 = max_prompt_length + max_completion_length
+    c.supervised.completion_length = (
+        0  # tokens: EOS fills shorter completions of masked-diffusion fine-tuning
+    )
     c.supervised.objective = ""  # of OBJECTIVES; empty = next_token, of a masked-diffusion LM its fine-tuning
     c.supervised.train = source()  # empty kind = data.train, with `answer` for a missing completion
     c.supervised.optimizer = optimizer(learning_rate=1e-3)
@@ -358,6 +361,7 @@ def check(c: ConfigDict) -> None:
         ("supervised.num_steps", 0),
         ("supervised.batch_rows", 1),
         ("supervised.max_length", 0),
+        ("supervised.completion_length", 0),
         ("eval.num_generations", 1),
         ("eval.batch_prompts", 1),
         ("checkpoint.every", 1),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxrl_llm.data import tokenizers
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
 from jaxrl_llm.data.sources import Row, Source, held_out, open_source
-from jaxrl_llm.data.supervised import encode_supervised
+from jaxrl_llm.data.supervised import Example, encode_supervised
 from jaxrl_llm.models import huggingface, huggingface_config, transformer
 from jaxrl_llm.models import params as params_lib
 from jaxrl_llm.models.config import ModelConfig
@@ -133,6 +134,20 @@ def supervised_length(c: ConfigDict) -> int:
     return c.supervised.max_length or c.data.max_prompt_length + c.rollout.max_completion_length
 
 
+def encode_examples(job: Job, rows: Iterable[Row], place: Callable[[int], str]) -> tuple[list[Example], int]:
+    """`encode_supervised` for the run's model, within its limits."""
+    c = job.config
+    return encode_supervised(
+        rows,
+        job.tokenizer,
+        max_length=supervised_length(c),
+        overlong=c.data.overlong_prompts,
+        mask_id=job.cfg.mask_id,
+        completion_length=c.supervised.completion_length,
+        place=place,
+    )
+
+
 def with_completions(rows: Source) -> Source:
     """The rows with their `answer` for a completion, where they have none."""
 
@@ -154,19 +169,27 @@ def check_rows(job: Job) -> None:
       MalformedRow: a row that cannot be encoded, or is too long under 'error'.
       ValueError: no row is short enough.
     """
-    data, length = job.config.data, supervised_length(job.config)
-    prompts = functools.partial(encode_prompts, max_prompt_length=data.max_prompt_length)
-    examples = functools.partial(encode_supervised, max_length=length, mask_id=job.cfg.mask_id)
+    data, filled = job.config.data, job.config.supervised.completion_length
+    limit_of_examples = f"supervised.max_length={supervised_length(job.config)}"
+    if filled:
+        limit_of_examples += f" (its completion filled to supervised.completion_length={filled})"
+    prompts = functools.partial(
+        encode_prompts,
+        tokenizer=job.tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        overlong=data.overlong_prompts,
+    )
+    examples = functools.partial(encode_examples, job)
     for rows, encode, limit in (
         (job.train, prompts, f"data.max_prompt_length={data.max_prompt_length}"),
-        (job.supervised, examples, f"supervised.max_length={length}"),
+        (job.supervised, examples, limit_of_examples),
     ):
         if rows is None:
             continue
         found = False
         for index, row in enumerate(rows):
             place = lambda _, rows=rows, index=index: rows.place(index)  # noqa: E731
-            found |= bool(encode([row], job.tokenizer, overlong=data.overlong_prompts, place=place)[0])
+            found |= bool(encode([row], place=place)[0])
             if found and data.overlong_prompts == "drop":
                 break
         if not found:

@@ -35,7 +35,6 @@ from jaxrl_llm.training.job import (
     initial_params,
     reward_specs,
     run_key,
-    supervised_length,
 )
 from jaxrl_llm.training.plots import plot
 from jaxrl_llm.training.progress import progress
@@ -362,7 +361,7 @@ def run(job: Job, workdir: Path) -> None:
             with progress(total=rl_begins, title="supervised") as tick:
                 while host.step < rl_begins:
                     with timed(timings, "prompts"), saved_if_refused(host):
-                        examples = next_examples(job, host, c.supervised.batch_rows, supervised_length(c))
+                        examples = next_examples(job, host, c.supervised.batch_rows)
                     with timed(timings, "update"):
                         given: Any = examples
                         if not job.cfg.causal:

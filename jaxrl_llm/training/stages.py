@@ -23,7 +23,7 @@ from jaxrl_llm.advantages import (
 from jaxrl_llm.data.order import Cursor, take
 from jaxrl_llm.data.prompts import Prompt, encode_prompts
 from jaxrl_llm.data.rows import prompt_text
-from jaxrl_llm.data.supervised import Example, encode_supervised, pack
+from jaxrl_llm.data.supervised import Example, pack
 from jaxrl_llm.losses import Metrics, WeightedSum
 from jaxrl_llm.models.params import Tree
 from jaxrl_llm.models.scoring import Scores
@@ -32,7 +32,7 @@ from jaxrl_llm.rewards.pool import Scores as RewardScores
 from jaxrl_llm.rollouts.single_turn import Rollout, failed_rows, rollout
 from jaxrl_llm.training.config import accepted, allocate, lookup
 from jaxrl_llm.training.groups import Scored
-from jaxrl_llm.training.job import SAMPLE, Job, run_key
+from jaxrl_llm.training.job import SAMPLE, Job, encode_examples, run_key, supervised_length
 from jaxrl_llm.training.rewarding import total_rewards
 from jaxrl_llm.training.update import PolicyBatch, SupervisedBatch
 from jaxrl_llm.training.writers import write_completions
@@ -119,8 +119,8 @@ def record_outcomes(job: Job, host: Host, prompts: list[Prompt], total: np.ndarr
     host.outcomes = outcomes
 
 
-def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBatch:
-    """As many of the next examples as fit into `rows` packed rows of `length` tokens."""
+def next_examples(job: Job, host: Host, rows: int) -> SupervisedBatch:
+    """As many of the next examples as fit into `rows` packed rows."""
     supervised = job.supervised
     assert supervised is not None
     looked, used = 0, 0
@@ -128,17 +128,14 @@ def next_examples(job: Job, host: Host, rows: int, length: int) -> SupervisedBat
     while used == len(examples):  # until one is left over: then the rows are full
         ahead, _ = take(host.supervised, looked + rows, len(supervised))
         ahead = ahead[looked:]
-        more, _ = encode_supervised(
+        more, _ = encode_examples(
+            job,
             (supervised[int(i)] for i in ahead),
-            job.tokenizer,
-            max_length=length,
-            overlong=job.config.data.overlong_prompts,
-            mask_id=job.cfg.mask_id,
             place=lambda i, ahead=ahead: supervised.place(int(ahead[i])),  # type: ignore[misc]
         )
         examples += [dataclasses.replace(example, index=example.index + looked) for example in more]
         looked += rows
-        packed, used = pack(examples, length, rows)
+        packed, used = pack(examples, supervised_length(job.config), rows)
     taken = examples[used].index
     host.dropped += taken - used
     _, host.supervised = take(host.supervised, taken, len(supervised))

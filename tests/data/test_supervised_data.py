@@ -43,6 +43,16 @@ def test_a_conversation_trains_what_the_assistant_says(tokenizer):
     assert (a.ids, a.loss_mask) == (b.ids, b.loss_mask)
 
 
+def test_short_completions_are_filled_with_eos(tokenizer):
+    """Up to their length and no further, as targets; what is longer stays as it is."""
+    eos = tokenizer.eos_ids[0]
+    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bcdef"}]
+    (short, long), _ = encode_supervised(rows, tokenizer, max_length=7, completion_length=4)
+    assert short == Example([*b"abc", eos, eos, eos], [False] * 2 + [True] * 4, 0)
+    assert long == Example([*b"abcdef", eos], [False] + [True] * 6, 1)
+    assert encode_supervised(rows[:1], tokenizer, max_length=5, completion_length=4) == ([], 1)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
