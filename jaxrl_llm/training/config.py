@@ -138,9 +138,7 @@ def default() -> ConfigDict:
     c.supervised.num_steps = 0
     c.supervised.batch_rows = 64
     c.supervised.max_length = 0  # tokens; 0 = max_prompt_length + max_completion_length
-    c.supervised.completion_length = (
-        0  # tokens: EOS fills shorter completions of masked-diffusion fine-tuning
-    )
+    c.supervised.completion_length = 0  # tokens that EOS fills up, of masked-diffusion fine-tuning; 0 = none
     c.supervised.objective = ""  # of OBJECTIVES; empty = next_token, of a masked-diffusion LM its fine-tuning
     c.supervised.train = source()  # empty kind = data.train, with `answer` for a missing completion
     c.supervised.optimizer = optimizer(learning_rate=1e-3)

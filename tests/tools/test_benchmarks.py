@@ -185,6 +185,7 @@ def test_table(tools: SimpleNamespace) -> None:
         row("warm", "peer", [1.9], 10),
         row("warm", "other", [1.9], 10),
     ]
+    assert tools.report.table([], {}) == ""
     table = tools.report.table(rows, {("cold", "peer"): 2.0, ("warm", "peer"): 2.0})
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(rows)

@@ -46,12 +46,14 @@ def speedups(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float, f
 
 
 def table(rows: Sequence[Row], goals: Mapping[tuple[str, str], float]) -> str:
-    """An aligned Markdown table: medians, and the range of the rounds in brackets; no empty columns.
+    """An aligned Markdown table: medians, and the range of the rounds in brackets; no empty columns; '' of none.
 
     Args:
       rows: what was measured, in the order of the table.
       goals: (case, peer) -> how many times faster ours is meant to be.
     """
+    if not rows:
+        return ""
     ratios = speedups(rows)
     lines = [("case", "library", "seconds", "tokens/s", "of which", "ours is faster by", "goal")]
     for row in rows:
