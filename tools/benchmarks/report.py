@@ -46,10 +46,10 @@ def speedups(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float, f
 
 
 def table(rows: Sequence[Row], goals: Mapping[tuple[str, str], float]) -> str:
-    """An aligned Markdown table: medians, and the range of the rounds in brackets; no empty columns; '' of none.
+    """An aligned Markdown table: medians, and the range of the rounds in brackets; no empty columns.
 
     Args:
-      rows: what was measured, in the order of the table.
+      rows: what was measured, in the order of the table; without any there is none, ''.
       goals: (case, peer) -> how many times faster ours is meant to be.
     """
     if not rows:
